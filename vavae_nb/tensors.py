@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'generator', 'pick_device', 'has_bf16', 'autocast'
            'load_tensors', 'load_into']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
-import json, random
+import hashlib, json, random
 from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,8 @@ def generator(
     device:str|torch.device="cpu",   # Device of the tensors to draw
 )->torch.Generator:
     "A generator of its own for one purpose, independent of the order in which others are used"
-    key = int.from_bytes(f"{seed}/{purpose}".encode(), "big") % (2**61-1) # A prime: no two short keys meet by accident
-    return torch.Generator(device).manual_seed(key)
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest() # Mixed well: torch's CPU generator sees only the low 32 bits
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
 
 # %% ../nbs/02_tensors.ipynb #d48a6757
 def pick_device(
