@@ -21,6 +21,7 @@ class Data:
     "What is trained on"
     source:str="embedded" # `embedded`, or a folder of class folders
     size:int=32           # Side of the images, pixels
+    limit:int=0           # Use only so many images of each split, evenly over the classes; 0: all
 
 @dataclass(frozen=True)
 class Foundation:
@@ -108,7 +109,7 @@ class DiTTraining:
 @dataclass(frozen=True)
 class Sampling:
     "How images are drawn from a trained model"
-    per_class:int=100                            # Images a class, for the metrics
+    n:int=1000                                   # Images, balanced over the classes
     points:int=250                               # Time points; one more than the steps
     shift:float=.3                               # t ← s·t/(1+(s−1)·t); 1: none
     solver:str="euler"                           # See `flow.sampler.solvers`
@@ -120,6 +121,8 @@ class Sampling:
 class Evaluation:
     "What is measured"
     extractors:tuple[str,...]=("efficientnet_lite0", "alexnet") # Networks of the Fréchet distances; the first one teaches the VF loss
+    images:int=1000                              # Test images whose reconstruction is measured, at most
+    reference:int=5000                           # Images of a reference of a Fréchet distance, at most
     tsne_points:int=2000                         # Latent vectors of the t-SNE picture and its uniformity
     batch_size:int=100                           # Images
 
@@ -245,7 +248,7 @@ recipes = {
     "smoke": Recipe("the same path in seconds, to see that it runs; its numbers mean nothing", override(_tiny, {
         "recipe": "smoke", "tokenizer_training.steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.disc_start": 3,
         "tokenizer_training.warmup": 0, "dit_training.steps": 6, "dit_training.batch_size": 16, "dit_training.warmup": 0,
-        "sampling.per_class": 2, "sampling.points": 4, "evaluation.tsne_points": 100})),
+        "sampling.n": 20, "sampling.points": 4, "data.limit": 200, "evaluation.tsne_points": 100})),
 }
 
 def recipe(

@@ -82,13 +82,12 @@ def cache_dir(
 
 # %% ../nbs/00_core.ipynb #941f1318
 def progress(
-    it:Iterable|None=None,  # What to go through
-    desc:str="",            # What is being done
-    total:int|None=None,    # Number of items, where `it` does not know it
-    unit:str="it",          # What an item is
-    unit_scale:int|float=1, # Units an item counts for
-)->tqdm:                    # The bar, to iterate over or to `update`
+    it:Iterable|None=None, # What to go through
+    desc:str="",           # What is being done
+    total:int|None=None,   # Number of items, where `it` does not know it
+    unit:str="it",         # What an item is
+)->tqdm:                   # The bar, to iterate over or to `update`
     "A progress bar with an estimate of the time left; on a log file one line every ten seconds"
     slow = not sys.stderr.isatty()
-    return tqdm(it, desc=desc, total=total, unit=unit, unit_scale=unit_scale, dynamic_ncols=not slow, ncols=100 if slow else None,
+    return tqdm(it, desc=desc, total=total, unit=unit, dynamic_ncols=not slow, ncols=100 if slow else None,
                 mininterval=10 if slow else .2, maxinterval=30 if slow else 10, file=sys.stderr)

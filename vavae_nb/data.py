@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_endings', 'Images', 'pixels_sha256', 'embedded', 'center_crop', 'class_files', 'folder', 'load_data',
-           'held_out', 'Batches']
+           'first_of_each', 'held_out', 'Batches']
 
 # %% ../nbs/04_data.ipynb #a18c0145
 import hashlib, json, os, shutil, warnings
@@ -178,8 +178,22 @@ def _truncate(path, n, size):
 def load_data(
     source:str|Path="embedded", # `embedded`, or a folder
     size:int=32,                # Side of the images, pixels
+    limit:int=0,                # At most so many images of each split, evenly over the classes; 0: all
 )->tuple[Images,Images]:        # Training and test images
     "Training and test images of a source"
+    splits = _load(source, size)
+    return tuple(s.subset(first_of_each(s.labels, limit)) if 0 < limit < len(s) else s for s in splits)
+
+def first_of_each(
+    labels:np.ndarray, # (n,)
+    k:int,             # How many in all
+)->np.ndarray:         # (k,) sorted
+    "The first k images when the classes take turns"
+    turn = np.zeros(len(labels), int)
+    for c in np.unique(labels): turn[labels == c] = np.arange((labels == c).sum())
+    return np.sort(np.lexsort((labels, turn))[:k])
+
+def _load(source, size):
     if str(source) == "embedded":
         if size != 32: raise DataError(f"the embedded images are 32×32; data.size={size} needs --data FOLDER")
         return embedded("train"), embedded("test")

