@@ -127,6 +127,7 @@ def test_save_without_statistics(net, tmp_path):
     (lambda t, h: t["quant_conv.bias"].add_(1), "not those it was written with"),
     (lambda t, h: t.pop("latent_std"), "does not hold both"),
     (lambda t, h: h.pop("kind"), "not written by"),
+    (lambda t, h: h["config"].update(depth=3), "does not know"),
 ])
 def test_files_that_do_not_fit(full, tmp_path, change, says):
     full.save(tmp_path/"t.safetensors")

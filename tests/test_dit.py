@@ -5,8 +5,8 @@ import pytest, torch
 from torch import nn
 from vavae_nb.core import CheckpointError, ConfigError, LabelError, ShapeError
 from vavae_nb.dit.blocks import Rope2d, apply_rope, attend, rope_2d
-from vavae_nb.dit.model import LightningDiT, check_labels, create_dit, drop_labels
-from vavae_nb.tensors import generator, load_into, load_tensors, rel_err, save_tensors, test_tensor
+from vavae_nb.dit.model import LightningDiT, create_dit, drop_labels
+from vavae_nb.tensors import check_labels, generator, load_into, load_tensors, rel_err, save_tensors, test_tensor
 
 GOLDEN = Path(__file__).parent/"golden"
 OURS = dict(use_rope="rope", use_qknorm="qk_norm", use_swiglu="swiglu", use_rmsnorm="rmsnorm") # Off unless the header says so

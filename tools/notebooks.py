@@ -29,6 +29,7 @@ def execute_in_place(path, flags, timeout):
             return await super().async_execute_cell(cell, cell_index, **kw)
     nb = nbformat.read(path, as_version=4)
     Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nb.metadata.pop("widgets", None) # State of progress bars, which nobody can see
     nbformat.write(nb, path)
     subprocess.run([BIN/"nbdev_clean", "--fname", str(path)], cwd=ROOT, check=True)
 
@@ -62,7 +63,8 @@ def main():
     paths = [q.resolve() for q in a.notebooks] or sorted(q for q in (ROOT/"nbs").rglob("*.ipynb") if not q.name.startswith(("_", ".")))
     if a.action == "_execute": return execute_in_place(paths[0], a.flags, a.timeout)
     threads = str(max(1, (os.cpu_count() or 1)//min(a.workers, len(paths))))
-    env = {**os.environ, "IN_TEST": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    env = {**os.environ, "IN_TEST": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+           "OMP_WAIT_POLICY": "PASSIVE"} # Waiting threads that spin take the cores from the other notebook
     start, failed = time.time(), []
     with ThreadPoolExecutor(a.workers) as pool:
         for path, (ok, secs, out) in zip(paths, pool.map(lambda q: one(a.action, q, a.flags, a.timeout, env), paths)):

@@ -35,6 +35,7 @@ class VF:
     "The vision-foundation alignment loss (paper, section 3.3); a row of Table 5 is a setting here"
     weight:float=.1         # Hyper-weight, multiplied by the adaptive ratio
     adaptive:bool=True      # Scale by the ratio of gradient norms at the encoder's last convolution
+    adaptive_every:int=1    # Steps between two updates of that ratio, which costs a backward pass through the decoder
     cos_weight:float=1.     # Of the marginal cosine similarity; 0 switches it off
     distmat_weight:float=1. # Of the marginal distance-matrix similarity; 0 switches it off
     cos_margin:float=.5     # m1

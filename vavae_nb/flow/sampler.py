@@ -12,9 +12,10 @@ from functools import partial
 from typing import Callable, Iterator
 import numpy as np, torch
 from torch import Tensor, nn
-from ..core import ConfigError, LabelError, ShapeError, VavaeError, unknown_name
+from ..core import ConfigError, ShapeError, VavaeError, unknown_name
 from ..core import progress as progress_bar
 from .path import FlowPath, LinearPath
+from ..tensors import check_labels
 
 # %% ../../nbs/33_flow.sampler.ipynb #6093fbba
 def time_grid(
@@ -175,18 +176,6 @@ def evaluating(
     finally:
         for m,training in modes: m.training = training
 
-def _check_labels(
-    y:Tensor,       # Labels
-    null_class:int, # Largest one allowed
-)->Tensor:          # The same, int64
-    "Labels must be whole numbers from 0 to the null class; the error names the first that is not"
-    y = torch.as_tensor(y)
-    if y.ndim != 1 or y.is_floating_point(): raise LabelError(f"labels must be a list of whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
-    bad = ((y < 0) | (y > null_class)).nonzero().flatten()
-    if len(bad): raise LabelError(f"label {y[bad[0]].item()} at index {bad[0].item()} is outside 0…{null_class} ({null_class} is the null class); "
-                                  f"{len(bad)} of {len(y)} labels are")
-    return y.long()
-
 # %% ../../nbs/33_flow.sampler.ipynb #cff00efb
 def sample(
     model:Callable,                          # Function of (x, t, y) that keeps the shape of x; best the EMA weights
@@ -210,7 +199,7 @@ def sample(
     "Sample normalised latents for the labels; the same for every batch size"
     known = (*solvers, "sde")
     if solver not in known: raise ConfigError(unknown_name("solver", solver, known))
-    y = _check_labels(y, null_class)
+    y = check_labels(y, null_class)
     if device is None: device = next((p.device for p in model.parameters()), y.device) if isinstance(model, nn.Module) else y.device
     sde, (lo,hi) = solver == "sde", path.interval(prediction, sampling=True)
     ts = time_grid(n_points, shift, (max(lo, 1e-3), .96) if sde else (lo, hi))

@@ -9,13 +9,13 @@ __all__ = ['psnr', 'ssim', 'reconstruction_metrics', 'FeatureStats', 'frechet_di
 import math
 from dataclasses import asdict, dataclass
 from typing import Callable
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from torch import Tensor
 from ..core import DataError, ShapeError
 
 # %% ../../nbs/41_metrics.quality.ipynb #2114e787
 def _image_pair(x, y): # float32, so that bf16 reconstructions are measured, not their rounding
-    if x.shape != y.shape or x.ndim != 4: raise ShapeError(f"two image batches of one shape (b, c, H, W) are compared; got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape != y.shape or x.ndim != 4 or not x.numel(): raise ShapeError(f"two image batches of one shape (b, c, H, W) are compared; got {tuple(x.shape)} and {tuple(y.shape)}")
     for im in (x, y):
         if not im.is_floating_point() or not im.abs().amax() <= 1.001: # Also true of NaN
             raise DataError(f"images must be finite floats in [-1, 1]; got {im.dtype} in [{im.amin():.4g}, {im.amax():.4g}]: rescale or clamp them first")
@@ -31,10 +31,8 @@ def psnr(
     return 10*torch.log10(4/(x-y).square().flatten(1).mean(1))
 
 # %% ../../nbs/41_metrics.quality.ipynb #b730a360
-def _gaussian_window(size, sigma, like):
-    r = torch.arange(size, device=like.device, dtype=like.dtype) - (size-1)/2
-    w = torch.exp(-r.square()/(2*sigma**2))
-    return w/w.sum()
+def _filter(x, w, dim): # Weighted windows along an axis; shifts and sums, since a convolution may run in TF32 or bf16
+    return sum(wi*x.narrow(dim, i, x.shape[dim]-len(w)+1) for i,wi in enumerate(w))
 
 def ssim(
     x:Tensor,          # Images in [−1, 1], (b, c, H, W)
@@ -46,11 +44,11 @@ def ssim(
     "Structural similarity of each image, over the windows that lie wholly inside it; Wang et al. 2004, eq. 13"
     x,y = _image_pair(x, y)
     if not signed: x,y = x+1,y+1
-    b,c,h,w = x.shape
+    h,w = x.shape[2:]
     if min(h, w) < size: raise ShapeError(f"SSIM looks through {size}×{size} windows; images of {h}×{w} are smaller")
-    g = _gaussian_window(size, sigma, x)
-    stack = torch.cat([x, y, x*x, y*y, x*y]).reshape(5*b*c, 1, h, w)
-    mx,my,xx,yy,xy = F.conv2d(F.conv2d(stack, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1)).reshape(5, b, -1)
+    g = torch.exp(-(torch.arange(size)-(size-1)/2).square()/(2*sigma**2))
+    g = (g/g.sum()).tolist()
+    mx,my,xx,yy,xy = _filter(_filter(torch.stack([x, y, x*x, y*y, x*y]), g, -1), g, -2).flatten(2)
     c1,c2 = (.01*2)**2, (.03*2)**2 # (K·L)², data range L = 2
     return ((2*mx*my + c1)*(2*(xy-mx*my) + c2) / ((mx*mx + my*my + c1)*(xx-mx*mx + yy-my*my + c2))).mean(1)
 
@@ -129,8 +127,8 @@ def frechet_distance(
     b:FeatureStats, # Of the other, by the same extractor
 )->float:           # At least 0; in squared units of the features
     "Squared 2-Wasserstein distance between the Gaussians of these means and covariances; Dowson & Landau 1982, eq. 4"
-    if a.dim != b.dim: raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
     S1,S2 = a.cov,b.cov
+    if a.dim != b.dim: raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
     fidelity = torch.linalg.svdvals(_factor(S1).T@_factor(S2)).sum() # tr (S1^½ S2 S1^½)^½
     return max(((a.mean-b.mean).square().sum() + S1.trace() + S2.trace() - 2*fidelity).item(), 0.)
 

@@ -335,7 +335,7 @@ _kind = "vavae_nb.tokenizer.autoencoder"
 @patch
 def save(self:Autoencoder,
     path:str|Path,       # A safetensors file
-    meta:dict|None=None, # Anything else worth keeping, such as the recipe and the step
+    meta:dict|None=None, # Anything else worth keeping, such as recipe and step; `load_tensors` gives it back
 ):
     "Weights, latent statistics and configuration as one file"
     header = dict(kind=_kind, config=self.config, fingerprint=self.fingerprint(), latent_how=None, meta=meta or {})
@@ -356,7 +356,9 @@ def load(cls:Autoencoder,
     if header.get("kind") != _kind:
         raise CheckpointError(f"{path} was not written by `Autoencoder.save`: its header names no configuration; "
                               "for bare weights use `load_into(Autoencoder(…), load_tensors(path)[0], path)`")
-    with torch.device("meta"): self = cls(**header["config"]) # Draws no random numbers
+    try:
+        with torch.device("meta"): self = cls(**header["config"]) # Draws no random numbers
+    except TypeError as e: raise CheckpointError(f"{path} has a configuration that this version does not know: {e}") from None
     self.to_empty(device="cpu")
     how, stats = header["latent_how"], {}
     if how is not None: stats = {k: tensors.pop(f"latent_{k}", None) for k in ("mean", "std")}

@@ -177,11 +177,11 @@ class StepBar(Callback):
         steps:int,       # Steps in all
         desc:str="training", # In front of the bar
     ): self.steps,self.desc = steps,desc
-    def before_fit(self): self.bar = progress(desc=self.desc, total=self.steps, unit="step")
+    def before_fit(self): self.bar,self.start = progress(desc=self.desc, total=self.steps, unit="step"),time.time()
     def after_batch(self):
         if not self.training: return
         self.bar.update()
-        if self.train_iter % 20 == 0: self.bar.set_postfix_str(f"loss {float(self.loss_grad):.4g}, {len(self.yb[0])*(self.bar.format_dict['rate'] or 0):.0f} images/s", refresh=False)
+        if self.train_iter % 20 == 0: self.bar.set_postfix_str(f"loss {float(self.loss_grad):.4g}, {self.train_iter*len(self.yb[0])/(time.time()-self.start):.0f} images/s", refresh=False)
     def after_fit(self): self.bar.close()
 
 class Every(Callback):

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..config import DiTTraining
 from ..core import LabelError, ShapeError
 from ..data import Batches
-from ..dit.model import LightningDiT, check_labels, drop_labels
+from ..dit.model import LightningDiT, drop_labels
 from ..flow.path import FlowLoss, paths
-from ..tensors import generator
+from ..tensors import check_labels, generator
 from .callbacks import Autocast, ClipGrad, EMA, FiniteGuard, LRSchedule, Loaders, MaxSteps, TermsLog
 
 # %% ../../nbs/52_training.dit.ipynb #5fdbb82a

@@ -276,8 +276,8 @@ def _generation(run):
     for name in e.extractors:
         ex = feature_extractor(name).to(run.device)
         role = "taught the VF loss" if name == run.cfg.foundation.name else "took no part in training"
-        feats = {k: torch.as_tensor(extract_features(ex, v, e.batch_size, run.cfg.precision)) for k,v in refs.items()}
-        feats |= {k: torch.as_tensor(extract_features(ex, d["arr_0"], e.batch_size, run.cfg.precision)) for k,d in drawn.items()}
+        feats = {k: torch.as_tensor(extract_features(ex, v, e.batch_size)) for k,v in refs.items()}
+        feats |= {k: torch.as_tensor(extract_features(ex, d["arr_0"], e.batch_size)) for k,d in drawn.items()}
         stats = {k: FeatureStats.of(f) for k,f in feats.items()}
         for what,ref in [(w, r) for w in drawn for r in refs]+[("test", "train")]:
             note = f"{how.get(what, 'real test images, the distance to beat')}; balanced labels; this network {role}"

@@ -31,10 +31,11 @@ class TokenizerLoss(nn.Module):
         lpips:nn.Module|None=None,  # Perceptual loss
         disc:nn.Module|None=None,   # Discriminator
         vf:VFLoss|None=None,        # Alignment with the foundation model
+        vf_every:int=1,             # Steps between two updates of its adaptive weight
     ):
         super().__init__()
         self._of = (tokenizer,) # In a tuple, so that it is not a submodule of the loss
-        self.training_config,self.lpips,self.disc,self.vf,self.step,self.terms = training,lpips,disc,vf,0,{}
+        self.training_config,self.lpips,self.disc,self.vf,self.vf_every,self.step,self.terms = training,lpips,disc,vf,vf_every,0,{}
 
     def reconstruction(self,
         rec:Tensor, # x̂, (b, 3, H, W)
@@ -63,7 +64,8 @@ class TokenizerLoss(nn.Module):
             loss, terms = loss+scale*g, terms | {"loss/gan": scale*g, "gan_scale": scale}
         if learning and self.vf is not None and features is not None:
             v, vf_parts = self.vf(z, features)
-            scale = self.vf.scale(nll, v, self._of[0].encoder_last)
+            if self.step % self.vf_every == 0: self.vf_scale = self.vf.scale(nll, v, self._of[0].encoder_last)
+            scale = self.vf_scale
             weights = dict(vf_cos=self.vf.cos_weight, vf_distmat=self.vf.distmat_weight)
             loss, terms = loss+scale*v, terms | {f"loss/{k}": scale*weights[k]*o for k,o in vf_parts.items()} | vf_parts | {"vf_scale": scale}
         self.terms = {k: o.detach() for k,o in terms.items()}
@@ -120,7 +122,7 @@ def tokenizer_learner(
     disc = PatchGAN(ndf=training.disc_width, n_layers=training.disc_layers) if training.disc_weight and training.disc_start < training.steps else None
     vf_loss = None if features is None or not vf.weight else VFLoss(tokenizer.latent_dim, features.shape[2], vf_weight=vf.weight, adaptive=vf.adaptive,
         cos_weight=vf.cos_weight, distmat_weight=vf.distmat_weight, cos_margin=vf.cos_margin, distmat_margin=vf.distmat_margin, project=vf.project)
-    loss = TokenizerLoss(tokenizer, training, lpips, disc, vf_loss)
+    loss = TokenizerLoss(tokenizer, training, lpips, disc, vf_loss, vf.adaptive_every)
     def fetch(i, flip):
         x = train.batch(i, flip)
         f = () if vf_loss is None else (torch.from_numpy(np.asarray(features[i.numpy(), flip.numpy().astype(int)])).float(),)

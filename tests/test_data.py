@@ -1,0 +1,114 @@
+"Folders of images as users have them: other modes and sizes, broken files, wrong layouts"
+import os, warnings
+import numpy as np, pytest, torch
+from PIL import Image
+from vavae_nb.core import CheckpointError, DataError
+from vavae_nb.data import Batches, Images, center_crop, embedded, folder, load_data
+from vavae_nb.latents import encode_images, load_latents, save_latents, take_stats
+from vavae_nb.tokenizer.autoencoder import Autoencoder
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
+
+def fill(root, n=4, size=(40, 50), classes=("a", "b"), mode="RGB"):
+    rng = np.random.default_rng(0)
+    for c in classes:
+        (root/c).mkdir(parents=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).convert(mode).save(root/c/f"{i}.png")
+    return root
+
+def quietly(f, *args):
+    "The result and the warnings"
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("always")
+        return f(*args), [str(o.message) for o in w]
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_modes(tmp_path, mode):
+    root = tmp_path/"d"
+    for c in "ab": (root/c).mkdir(parents=True)
+    im = Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).convert(mode)
+    for c in "ab": im.save(root/c/("x.tif" if mode == "CMYK" else "x.png"))
+    images, _ = quietly(folder, root, 16)
+    assert images.pixels.shape == (2, 16, 16, 3) and images.pixels.dtype == np.uint8
+
+@pytest.mark.parametrize("size", [(31, 200), (64, 64), (33, 32), (500, 70)])
+def test_the_crop_is_the_middle(size):
+    x = np.zeros((*size, 3), np.uint8); x[size[0]//2-4:size[0]//2+4, size[1]//2-4:size[1]//2+4] = 255
+    c = center_crop(Image.fromarray(x), 32)[..., 0].astype(float)
+    rows, cols = np.indices(c.shape)
+    assert c.shape == (32, 32) and abs((rows*c).sum()/c.sum()-15.5) < 1 and abs((cols*c).sum()/c.sum()-15.5) < 1
+
+def test_corrupt_images_are_named_skipped_and_counted(tmp_path):
+    root = fill(tmp_path/"d")
+    whole = (root/"a"/"1.png").read_bytes()
+    (root/"a"/"1.png").write_bytes(whole[:len(whole)//2])
+    (root/"b"/"2.png").write_bytes(b"")
+    images, w = quietly(folder, root, 16)
+    assert len(images) == 6 and images.labels.tolist() == [0]*3+[1]*3 and len(images.skipped) == 2
+    assert "2 of 8 images could not be decoded" in w[0] and "1.png" in w[0] and "2.png" in w[0]
+    again, w2 = quietly(folder, root, 16) # From the cache: still said
+    assert w2 == w and again.fingerprint == images.fingerprint
+    clean = [i for i in range(8) if i not in (1, 6)]
+    want = [center_crop(Image.open(sorted(root.rglob("*.png"))[i]), 16) for i in clean]
+    assert (np.stack(want) == images.pixels).all()
+
+def test_all_corrupt_is_refused(tmp_path):
+    root = fill(tmp_path/"d", n=1)
+    for p in root.rglob("*.png"): p.write_bytes(b"no")
+    with pytest.raises(DataError, match="none of the 2 images"): folder(root, 16)
+
+def test_small_images_are_enlarged_and_counted(tmp_path):
+    images, w = quietly(folder, fill(tmp_path/"d", size=(12, 20)), 16)
+    assert images.size == 16 and "8 of 8 images are smaller than 16 pixels" in w[0] and "smallest side is 12" in w[0]
+
+def test_one_class_is_said(tmp_path):
+    images, w = quietly(folder, fill(tmp_path/"d", classes=("only",)), 16)
+    assert images.classes == ["only"] and "one class ('only')" in w[0]
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p/"none", "no folder at"),
+    (lambda p: p, "no class folders"),
+    (lambda p: (p/"c").mkdir() or p, "no class folders"),
+    (lambda p: (p/"x.png").write_bytes(b"") and None or p, "1 loose images"),
+    (lambda p: (p/"f").write_text("a file") and p/"f", "is a file"),
+])
+def test_layouts_that_hold_nothing(tmp_path, make, message):
+    (tmp_path/"d").mkdir()
+    with pytest.raises(DataError, match=message): folder(make(tmp_path/"d"), 16)
+
+def test_imagenet_layout(tmp_path):
+    fill(tmp_path/"d"/"train", n=3); fill(tmp_path/"d"/"val", n=1)
+    (train, test), _ = quietly(load_data, tmp_path/"d", 16)
+    assert (len(train), len(test)) == (6, 2)
+    os.rename(tmp_path/"d"/"val"/"b", tmp_path/"d"/"val"/"c")
+    with pytest.raises(DataError, match="different classes"): quietly(load_data, tmp_path/"d", 16)
+
+def test_a_changed_folder_is_read_again(tmp_path):
+    root = fill(tmp_path/"d")
+    a, _ = quietly(folder, root, 16)
+    Image.new("RGB", (40, 40), "red").save(root/"a"/"0.png")
+    b, _ = quietly(folder, root, 16)
+    assert a.fingerprint != b.fingerprint and (b.pixels[0] == [255, 0, 0]).all()
+
+def test_batches_refuse_nothing_to_do():
+    with pytest.raises(DataError, match="batches"): Batches(0, None)
+
+def test_embedded_pixels_are_cifar10(): assert embedded("test").batch([0]).sum().item() == pytest.approx((embedded("test").pixels[0]/127.5-1).sum(), rel=1e-4)
+
+def test_latents_belong_to_their_tokenizer(tmp_path):
+    make = lambda: Autoencoder(latent_dim=4, ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, norm_groups=4)
+    a, b, images = make(), make(), embedded("test").subset(range(20))
+    for tok in (a, b): take_stats(tok, encode_images(tok, images), images)
+    z = encode_images(a, images)
+    save_latents(tmp_path/"z.safetensors", z, images, a)
+    assert load_latents(tmp_path/"z.safetensors", a)[0].shape == (20, 2, 4, 8, 8)
+    with pytest.raises(CheckpointError, match="encode the images again"): load_latents(tmp_path/"z.safetensors", b)
+    a.save(tmp_path/"a.safetensors")
+    again = Autoencoder.load(tmp_path/"a.safetensors") # Statistics travel with it
+    assert torch.equal(load_latents(tmp_path/"z.safetensors", again)[0], load_latents(tmp_path/"z.safetensors", a)[0])
+    half = make(); take_stats(half, z*2, images) # Other statistics, other weights
+    with pytest.raises(CheckpointError): load_latents(tmp_path/"z.safetensors", half)
+
+def test_images_check_their_parts():
+    with pytest.raises(DataError, match="3 images but 2 labels"): Images(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(2), ["a"], "x")
