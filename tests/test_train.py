@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_named(run, pets):
     (["--set", "vf.weight"], "--set takes path=value"),
     (["--device", "cuda:7"], "CUDA devices"),
     (["--vf", "resnet_of_dreams"], "resnet_of_dreams"),
-    (["--set", "tokenizer.ch=20"], "norm_groups"),
+    (["--set", "tokenizer.ch=21"], "norm_groups"),
     (["--set", "dit.hidden_size=130"], "hidden_size 130"),
     (["--set", "flow.points=3"], "unknown setting"),
 ])

@@ -52,6 +52,7 @@ class Tokenizer:
     num_res_blocks:int=2                     # Residual blocks a resolution (the decoder has one more)
     attn_resolutions:tuple[int,...]=(16,)    # Feature-map sizes with attention
     norm_groups:int=32                       # Groups of GroupNorm
+    start:str="torch"                        # Initialisation: torch's defaults as published, or `linear` for short runs
 
 @dataclass(frozen=True)
 class TokenizerTraining:
@@ -237,12 +238,15 @@ class Recipe:
     config:Config
 
 _tiny = override(Config(), {
-    "tokenizer.ch": 32, "tokenizer.ch_mult": (1, 2, 2), "tokenizer.num_res_blocks": 1, "tokenizer.attn_resolutions": (), "tokenizer.norm_groups": 8,
-    "tokenizer_training.steps": 900, "tokenizer_training.lr": 1e-3, "tokenizer_training.schedule": "cosine", "tokenizer_training.warmup": 50,
-    "tokenizer_training.clip": 1., "tokenizer_training.lpips_slices": 3, "tokenizer_training.disc_start": 600, "tokenizer_training.disc_width": 32,
-    "tokenizer_training.disc_layers": 2,
-    "dit.size": "tiny", "dit_training.steps": 1500, "dit_training.lr": 1e-3, "dit_training.schedule": "cosine", "dit_training.warmup": 50,
-    "dit_training.clip": 1., "dit_training.ema": .995, "sampling.points": 50})
+    "tokenizer.ch": 32, "tokenizer.ch_mult": (1, 2, 2), "tokenizer.num_res_blocks": 1, "tokenizer.attn_resolutions": (), "tokenizer.norm_groups": 2,
+    "tokenizer.start": "linear", "vf.adaptive_every": 8,
+    "tokenizer_training.steps": 3000, "tokenizer_training.batch_size": 16, "tokenizer_training.lr": 2e-3, "tokenizer_training.betas": (.9, .99),
+    "tokenizer_training.schedule": "cosine", "tokenizer_training.warmup": 20, "tokenizer_training.clip": 1.,
+    "tokenizer_training.lpips_weight": .3, "tokenizer_training.lpips_slices": 2, "tokenizer_training.lpips_every": 4,
+    "tokenizer_training.disc_weight": .05, "tokenizer_training.disc_start": 2500, "tokenizer_training.disc_width": 32, "tokenizer_training.disc_layers": 1,
+    "dit.size": "tiny", "dit_training.steps": 2000, "dit_training.batch_size": 32, "dit_training.lr": 2e-3, "dit_training.schedule": "cosine",
+    "dit_training.warmup": 50, "dit_training.clip": 1., "dit_training.ema": .995,
+    "sampling.points": 30, "sampling.cfg_scale": 3., "sampling.cfg_interval": (.1, 1.)})
 
 recipes = {
     "tiny": Recipe("the whole path on the embedded images: about 10 minutes on 2 CPU cores", _tiny),

@@ -9,27 +9,28 @@ __all__ = ['configuration', 'main']
 import sys
 from pathlib import Path
 from fastcore.script import Param, call_parse
-from .config import load_config, override, recipe, recipes, run_name
+from .config import Config, load_config, override, run_name
+from .config import recipe as get_recipe
 from .core import ConfigError, VavaeError
 
 # %% ../nbs/60_train.ipynb #29d2c137
 def configuration(
     name:str="tiny",         # A recipe's name, or the path of a config.yaml
-    data:str="",             # A folder of class folders; empty: the recipe's
+    data:str|None=None,      # A folder of class folders
     seed:int|None=None,      # Of everything random
-    steps:int=0,             # Of both trainings; 0: the recipe's
-    vf:str="",               # A foundation model, or `none`
-    device:str="",           # Where to run
+    steps:int|None=None,     # Of both trainings
+    vf:str|None=None,        # A foundation model, or `none`
+    device:str|None=None,    # Where to run
     settings:tuple=(),       # `path=value` strings
-):                           # A `Config`
-    "What a command line asks for"
-    cfg = load_config(name) if name.endswith((".yaml", ".yml")) else recipe(name)
-    changes = {"data.source": str(Path(data).expanduser()) if data else "", "seed": seed, "foundation.name": vf, "device": device}
-    changes = {k: v for k,v in changes.items() if v not in ("", None)}
-    if steps: changes |= _scaled_steps(cfg, steps)
+)->Config:
+    "What a command line asks for; `None` is the recipe's"
+    cfg = load_config(name) if name.endswith((".yaml", ".yml")) else get_recipe(name)
+    changes = {"data.source": data and str(Path(data).expanduser()), "seed": seed, "foundation.name": vf, "device": device}
+    changes = {k: v for k,v in changes.items() if v is not None}
+    if steps is not None: changes |= _scaled_steps(cfg, steps)
     for s in settings:
-        if "=" not in s: raise ConfigError(f"--set takes path=value, such as vf.weight=0.5; got '{s}'")
-        path, value = s.split("=", 1)
+        path, is_set, value = s.partition("=")
+        if not is_set: raise ConfigError(f"--set takes path=value, such as vf.weight=0.5; got '{s}'")
         changes[path.strip()] = value.strip()
     return override(cfg, changes)
 
@@ -46,15 +47,15 @@ def _fail(e):
 
 @call_parse
 def main(
-    recipe:str="tiny", # Recipe, or the path of a config.yaml
-    data:str="", # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
-    out:str="", # Run folder (default: runs/<recipe and what was changed>)
+    recipe:str="tiny", # tiny, smoke, or the path of a config.yaml
+    data:str=None, # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
+    out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     stage:Param("Do one stage only", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
     force:bool=False, # Do stages again that are done, and what depends on them
     seed:int=None, # Seed of everything random (default: the recipe's, 0)
-    steps:int=0, # Steps of both trainings, to shorten or lengthen them (default: the recipe's)
-    vf:str="", # Foundation model that the latent is aligned with: a timm name, or none (default: the recipe's)
-    device:str="", # auto, cpu, cuda, cuda:N or mps (default: auto)
+    steps:int=None, # Steps of both trainings, to shorten or lengthen them (default: the recipe's)
+    vf:str=None, # Foundation model that the latent is aligned with: a timm name, or none (default: the recipe's)
+    device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
     set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; see config.yaml of a run for all", nargs="+", action="append")=None,
 ):
     "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. Recipes: tiny, smoke (seconds, to see that it runs)."
@@ -67,4 +68,4 @@ def main(
         if "evaluate" in run.state: print("\n"+summary(run))
         print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("*.png"))))
     except VavaeError as e: sys.exit(_fail(e))
-    except KeyboardInterrupt: sys.exit("stopped; call the same command again to go on with the stage it was in")
+    except KeyboardInterrupt: sys.exit("stopped; call the same command again: finished stages are kept, the one it was in starts anew")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Posterior', 'ResBlock', 'AttnBlock', 'Downsample', 'Upsample', 'Level', 'Middle', 'Encoder', 'Decoder', 'Autoencoder',
-           'to_uint8']
+           'linear_start', 'to_uint8']
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #66f33d19
 import hashlib, json, warnings
@@ -251,6 +251,22 @@ class Autoencoder(nn.Module):
     def extra_repr(self): return f"f{self.downsampling}d{self.latent_dim}, {sum(p.numel() for p in self.parameters())/1e6:.1f} M parameters"
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #ac342b0f
+@torch.no_grad()
+def linear_start(
+    model:Autoencoder, # Changed in place
+)->Autoencoder:
+    "Initialise for a short training: residual branches at zero, variance kept, a narrow posterior; ours, not the paper's"
+    for p in model.parameters():
+        if p.ndim == 4: nn.init.kaiming_normal_(p, nonlinearity="linear")
+    for m in model.modules():
+        last = m.conv2 if isinstance(m, ResBlock) else m.proj_out if isinstance(m, AttnBlock) else None
+        if last is not None: nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
+    d = model.latent_dim
+    model.quant_conv.weight[d:] *= .1
+    model.quant_conv.bias[d:] = -5.
+    return model
+
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #887b4934
 @patch
 def fingerprint(self:Autoencoder)->str: # 16 hexadecimal digits
     "SHA-256 over configuration and weights, whatever their device, dtype and memory layout"
@@ -258,7 +274,7 @@ def fingerprint(self:Autoencoder)->str: # 16 hexadecimal digits
     for k,v in sorted(self.state_dict().items()): h.update(k.encode()); h.update(v.detach().float().cpu().contiguous().numpy().data)
     return h.hexdigest()[:16]
 
-# %% ../../nbs/10_tokenizer.autoencoder.ipynb #807bd834
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #8403623d
 @patch
 def set_latent_stats(self:Autoencoder,
     mean:Tensor, # Of each channel of raw latents, (d,) or (1, d, 1, 1)
@@ -286,7 +302,7 @@ def _check_stats(self:Autoencoder):
         raise CheckpointError("this tokenizer has no latent statistics, so it cannot normalise: sample raw latents of some 10 000 images with "
                               "`posterior(x).sample()`, take mean and std over (b, h, w), and call `set_latent_stats(mean, std, how)`")
 
-# %% ../../nbs/10_tokenizer.autoencoder.ipynb #887b4934
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #1b95d9e3
 @patch
 def normalise(self:Autoencoder,
     z:Tensor, # Raw latents, (b, d, h, w)
@@ -303,7 +319,7 @@ def denormalise(self:Autoencoder,
     self._check_stats(); self._check_latents(z)
     return z*self.latent_std + self.latent_mean
 
-# %% ../../nbs/10_tokenizer.autoencoder.ipynb #78f7aab7
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #54d7eba3
 @patch
 def encode(self:Autoencoder,
     x:Tensor,                            # Images in [−1, 1], (b, 3, H, W)
@@ -322,14 +338,14 @@ def decode(self:Autoencoder,
     "Images of normalised latents"
     return self.decode_raw(self.denormalise(z)).clamp(-1, 1)
 
-# %% ../../nbs/10_tokenizer.autoencoder.ipynb #b0d1b905
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #0efffd86
 def to_uint8(
     x:Tensor, # Images in [−1, 1], (b, 3, H, W); what lies outside is clamped
 )->Tensor:    # uint8, (b, H, W, 3)
     "Images as they are stored: clamp(127.5 x + 128, 0, 255), rounded down, channels last"
     return (127.5*x.detach().float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-# %% ../../nbs/10_tokenizer.autoencoder.ipynb #08fa4fd9
+# %% ../../nbs/10_tokenizer.autoencoder.ipynb #1bc807d7
 _kind = "vavae_nb.tokenizer.autoencoder"
 
 @patch

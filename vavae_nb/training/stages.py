@@ -25,7 +25,7 @@ from ..metrics.features import extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, reconstruction_metrics
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
 from ..tensors import autocast, generator, has_bf16, pick_device, seed_everything
-from ..tokenizer.autoencoder import Autoencoder, to_uint8
+from ..tokenizer.autoencoder import Autoencoder, linear_start, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
 from ..tokenizer.perceptual import LPIPS
 from .callbacks import Every, StepBar, TermsLog
@@ -100,7 +100,7 @@ def save_grid(
     rows = [np.asarray(r) for r in rows]
     n, h, w = max(len(r) for r in rows), *rows[0].shape[1:3]
     scale = max(1, 64//h)
-    fig, axs = plt.subplots(len(rows), 1, figsize=((n*w*scale+110)/100, (len(rows)*(h*scale+4)+(30 if title else 4))/100), dpi=100, squeeze=False)
+    fig, axs = plt.subplots(len(rows), 1, figsize=((n*w*scale+130)/100, (len(rows)*(h*scale+6)+40)/100), dpi=100, squeeze=False, layout="constrained")
     for ax,row,name in zip(axs[:, 0], rows, names):
         strip = np.full((h, n*w, 3), 255, np.uint8)
         for i,im in enumerate(row): strip[:, i*w:(i+1)*w] = im
@@ -108,7 +108,6 @@ def save_grid(
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         for s in ax.spines.values(): s.set_visible(False)
     if title: fig.suptitle(title, fontsize=10)
-    fig.tight_layout(pad=.3)
     with atomic_write(path) as tmp: fig.savefig(tmp)
     plt.close(fig)
 
@@ -118,8 +117,10 @@ def build_tokenizer(
 )->Autoencoder:
     "An untrained tokenizer of a configuration"
     t = cfg.tokenizer
-    return Autoencoder(latent_dim=t.latent_dim, ch=t.ch, ch_mult=t.ch_mult, num_res_blocks=t.num_res_blocks, attn_resolutions=t.attn_resolutions,
-                       resolution=cfg.data.size, norm_groups=t.norm_groups)
+    starts = {"torch": lambda m: m, "linear": linear_start}
+    if t.start not in starts: raise ConfigError(unknown_name("tokenizer.start", t.start, starts))
+    return starts[t.start](Autoencoder(latent_dim=t.latent_dim, ch=t.ch, ch_mult=t.ch_mult, num_res_blocks=t.num_res_blocks, attn_resolutions=t.attn_resolutions,
+                       resolution=cfg.data.size, norm_groups=t.norm_groups))
 
 def run_tokenizer(run:Run)->dict:
     "train the tokenizer, aligned with the foundation model"
