@@ -34,7 +34,7 @@ test: setup ## export in sync, every notebook, pytest, docs staging; under 15 mi
 	$(BIN)/nbdev_proc_nbs
 
 test-slow: test ## make test, and what is flagged slow
-	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800
+	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800 --workers 1
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
 
 docs: setup ## build the site into _docs with Quarto, where Quarto is installed; else stage it and say so

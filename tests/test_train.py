@@ -104,3 +104,15 @@ def test_bad_arguments(args, message, tmp_path):
 def test_training_that_diverges_stops_with_advice(tmp_path):
     err = refused(*SMALL, "tokenizer_training.lr=1e30", "tokenizer_training.clip=0", "tokenizer_training.steps=20", "--vf", "none", "--out", tmp_path/"run")
     assert "Lower the learning rate" in err or "not finite" in err
+
+@pytest.mark.slow
+def test_the_tiny_recipe_reaches_its_quality(tmp_path):
+    "The main job, whole: about ten minutes; bounds with room for another machine's rounding"
+    code, text, err = train("--out", tmp_path/"tiny")
+    assert code == 0, err
+    m = json.loads((tmp_path/"tiny"/"metrics.json").read_text())
+    rows = {(f["network"], f["images"], f["against"]): f["value"] for f in m["generation"]["fd"]}
+    assert m["reconstruction"]["psnr"] > 28
+    assert rows["efficientnet_lite0", "samples_unguided", "train"] < 566
+    assert rows["efficientnet_lite0", "samples", "train"] < rows["efficientnet_lite0", "samples_unguided", "train"]
+    assert rows["alexnet", "samples", "test"] < rows["alexnet", "samples_unguided", "test"]

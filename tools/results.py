@@ -34,7 +34,7 @@ def main(name, *folders):
                   seconds=sum(s["seconds"] for s in state.values()), measures=out, runs=metrics)
     (ROOT/"results").mkdir(exist_ok=True); (ROOT/"nbs/images").mkdir(exist_ok=True)
     (ROOT/"results"/f"{name}.json").write_text(json.dumps(result, indent=1))
-    for picture in ("reconstructions", "samples", "nearest", "curves", "tsne"): shutil.copy(runs[0]/f"{picture}.png", ROOT/"nbs/images"/f"{name}-{picture}.png")
+    for picture in ("reconstructions", "samples", "nearest"): shutil.copy(runs[0]/f"{picture}.png", ROOT/"nbs/images"/f"{name}-{picture}.png")
     for k,v in out.items(): print(f"{k:70} {v['mean']:9.3f} ± {v['std']:.3f}")
 
 if __name__ == "__main__":

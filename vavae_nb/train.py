@@ -6,7 +6,7 @@
 __all__ = ['configuration', 'main']
 
 # %% ../nbs/60_train.ipynb #e38e0f1c
-import sys
+import sys, warnings
 from pathlib import Path
 from fastcore.script import Param, call_parse
 from .config import Config, load_config, override, run_name
@@ -63,6 +63,7 @@ def main(
         cfg = configuration(recipe, data, seed, steps, vf, device, [s for group in set or () for s in group])
         folder = Path(out or Path("runs")/run_name(cfg))
         print(f"run folder: {folder}", flush=True)
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
         from vavae_nb.training.stages import run_stages, summary # Here, so that --help needs neither torch nor fastai
         run = run_stages(cfg, folder, stage, force)
         if "evaluate" in run.state: print("\n"+summary(run))

@@ -116,7 +116,7 @@ class TermsLog(Callback):
     def flush(self):
         if not self.count: return
         now = time.time()
-        row = {k: float(s)/n for k,(s,n) in self.sums.items()} | dict(images_per_second=self.items/max(now-self.last, 1e-9))
+        row = {k: float(s)/(self.count if k.startswith("loss/") else n) for k,(s,n) in self.sums.items()} | dict(images_per_second=self.items/max(now-self.last, 1e-9))
         self.history.append(dict(step=self.train_iter, seconds=now-self.start) | row)
         if self.path: self._append(row, now)
         self.sums,self.count,self.items,self.last = {},0,0,now
@@ -145,7 +145,7 @@ class FiniteGuard(Callback):
     def before_backward(self):
         if self.loss_grad.isfinite().all(): return
         bad = [k for k,v in getattr(self.learn, "terms", {}).items() if not math.isfinite(float(v))]
-        raise VavaeError(f"the loss is {float(self.loss_grad)} at step {self.train_iter} (terms not finite: {', '.join(bad) or 'none logged'}); the weights are "
+        raise VavaeError(f"the loss is {self.loss_grad.item()} at step {self.train_iter} (terms not finite: {', '.join(bad) or 'none logged'}); the weights are "
                          "still those of the step before. Lower the learning rate, clip gradients, or set precision=fp32 and dit.qk_norm=true")
 
 # %% ../../nbs/50_training.callbacks.ipynb #1037cf1c
@@ -181,7 +181,7 @@ class StepBar(Callback):
     def after_batch(self):
         if not self.training: return
         self.bar.update()
-        if self.train_iter % 20 == 0: self.bar.set_postfix_str(f"loss {float(self.loss_grad):.4g}, {self.train_iter*len(self.yb[0])/(time.time()-self.start):.0f} images/s", refresh=False)
+        if self.train_iter % 20 == 0: self.bar.set_postfix_str(f"loss {self.loss_grad.item():.4g}, {self.train_iter*len(self.yb[0])/(time.time()-self.start):.0f} images/s", refresh=False)
     def after_fit(self): self.bar.close()
 
 class Every(Callback):

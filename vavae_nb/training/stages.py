@@ -297,13 +297,16 @@ def _generation(run):
 def _uniformity(run):
     z, _, _ = load_latents(run.file("latents.safetensors", "latents"), run.tokenizer().cpu())
     n, seed = min(run.cfg.evaluation.tsne_points, len(z)), run.cfg.seed
+    if n < 10: return dict(n=n, note="too few latents for a density")
+    perplexity = min(30., (n-1)/3) # 30 as published, where there are enough
     v = latent_vectors(z[:, 0], n, generator(seed, "uniformity"))
-    points = tsne_2d(v, seed)
+    points = tsne_2d(v, seed, perplexity)
     p = kde_at_points(points)
     ax = plot_density(points, p); ax.set_title(f"t-SNE of {n} latent vectors"); ax.figure.tight_layout()
     with atomic_write(run.out/"tsne.png") as tmp: ax.figure.savefig(tmp, dpi=110)
     plt.close(ax.figure)
-    return dict(density_cv=density_cv(p), gini=gini(p), normalised_entropy=normalised_entropy(p), knn_distance_cv=knn_distance_cv(v), n=n, runs=1, seed=seed)
+    return dict(density_cv=density_cv(p), gini=gini(p), normalised_entropy=normalised_entropy(p), knn_distance_cv=knn_distance_cv(v), n=n,
+                perplexity=perplexity, runs=1, seed=seed)
 
 def read_log(
     path:str|Path, # A run's log.csv
@@ -344,8 +347,9 @@ def summary(
             a, b = (rows.get((net, what, ref)) for ref in ("train", "test"))
             lines.append(f"  {net:19} {label[what]:18} {a['value']:13.1f}  " + (f"{b['value']:13.1f}" if b else f"{'–':>13}"))
     taught = [f["network"] for f in m["generation"]["fd"] if "taught" in f["note"]]
-    lines += ["", f"uniformity of {u['n']} latent vectors: density CV {u['density_cv']:.3f}, Gini {u['gini']:.3f}, entropy {u['normalised_entropy']:.4f}",
-              f"nearest training image over {near['network']}: {near['median_of_samples']:.2f} for samples, {near['median_of_test_images']:.2f} for real test images "
+    lines.append("")
+    if "gini" in u: lines.append(f"uniformity of {u['n']} latent vectors: density CV {u['density_cv']:.3f}, Gini {u['gini']:.3f}, entropy {u['normalised_entropy']:.4f}")
+    lines += [f"nearest training image over {near['network']}: {near['median_of_samples']:.2f} for samples, {near['median_of_test_images']:.2f} for real test images "
               "(much smaller for samples would mean copying)", "",
               "These distances are over the networks named, not FID: compare them only with each other, at the same n.",
               f"{taught[0]} taught the VF loss; judge by the other network." if taught else "No network here taught the tokenizer."]
