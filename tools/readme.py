@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb: its markdown, and its code cells with their text output.
+"""README.md from nbs/index.ipynb: its markdown, and its code cells (unless `echo: false`) with their output.
 
     python tools/readme.py          write README.md
     python tools/readme.py --check  exit 1 if README.md is not what the notebook gives
@@ -10,12 +10,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+def from_root(text): # Links of a page in nbs/, as seen from the top
+    text = re.sub(r"\((?!https?:|#|\.\./)([\w./-]+\.(?:png|ipynb|html))\)", r"(nbs/\1)", text)
+    return text.replace("](../", "](")
+
 def cell_text(cell):
     src = "".join(cell["source"])
-    if cell["cell_type"] == "markdown": return re.sub(r"\((?!https?:|#)([\w./-]+\.(?:png|ipynb|html))\)", r"(nbs/\1)", src)
-    if re.search(r"^#\|\s*(hide|echo: false|default_exp)", src, re.M): return ""
-    out = ["".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell["outputs"]]
-    return "\n\n".join([f"```python\n{src}\n```"]+[f"```\n{o.rstrip()}\n```" for o in out if o.strip()])
+    if cell["cell_type"] == "markdown": return from_root(src)
+    if re.search(r"^#\|\s*(hide|default_exp)", src, re.M): return ""
+    shown = [] if re.search(r"^#\|\s*echo: false", src, re.M) else [f"```python\n{src}\n```"]
+    for o in cell["outputs"]:
+        data = o.get("data", {})
+        if "text/markdown" in data: shown.append(from_root("".join(data["text/markdown"])))
+        elif text := "".join(o.get("text", data.get("text/plain", ""))).rstrip(): shown.append(f"```\n{text}\n```")
+    return "\n\n".join(shown)
 
 def readme():
     nb = json.loads((ROOT/"nbs/index.ipynb").read_text(encoding="utf-8"))

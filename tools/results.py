@@ -27,8 +27,9 @@ def main(name, *folders):
     label = {"samples": "guided samples", "samples_unguided": "unguided samples", "test": "real test images"}
     for net,what,ref in rows[0]: out[f"FD over {net}: {label[what]} – {ref} images"] = entry([r[net, what, ref] for r in rows], 0)
     for k,text in (("density_cv", "t-SNE density CV"), ("knn_distance_cv", "5-NN distance CV")): out[f"{text} of {metrics[0]['uniformity']['n']} latent vectors"] = entry([m["uniformity"][k] for m in metrics], 3)
-    for k,s in metrics[0]["seconds"].items(): out[f"stage {k}, s"] = entry([s], 0)
     state = json.loads((runs[0]/"state.json").read_text())
+    for k,v in state.items(): out[f"stage {k}, s"] = entry([v["seconds"]], 0)
+    out["of that, features of the foundation model, s"] = entry([state["tokenizer"]["feature_seconds"]], 0)
     result = dict(command="python -m vavae_nb.train --seed N", recipe=configs[0].recipe, seeds=[c.seed for c in configs], commit=prov[0]["commit"], device=prov[0]["device"],
                   threads=[p["threads"] for p in prov], torch=prov[0]["torch"], precision=prov[0]["precision"], data=prov[0]["data"], n=metrics[0]["generation"]["sampling"]["n"],
                   seconds=sum(s["seconds"] for s in state.values()), measures=out, runs=metrics)
