@@ -42,7 +42,7 @@ def _scaled_steps(cfg, steps): # The GAN keeps its place in the run, and the war
 
 # %% ../nbs/60_train.ipynb #ef988b50
 def _fail(e):
-    print(f"error: {str(e).split('calling event', 1)[-1].split(chr(10)+chr(9), 1)[-1]}", file=sys.stderr) # fastai puts the callback's name in front
+    print(f"\nerror: {str(e).split('calling event', 1)[-1].split(chr(10)+chr(9), 1)[-1]}", file=sys.stderr) # fastai puts the callback's name in front
     return 2
 
 @call_parse

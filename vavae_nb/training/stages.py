@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stages', 'Run', 'run_stages', 'save_grid', 'build_tokenizer', 'run_tokenizer', 'reconstruct', 'run_latents',
-           'run_dit', 'draw', 'run_sample', 'provenance', 'run_evaluate', 'read_log', 'summary']
+           'build_dit', 'run_dit', 'draw', 'run_sample', 'provenance', 'run_evaluate', 'read_log', 'summary']
 
 # %% ../../nbs/53_training.stages.ipynb #782f667a
 import csv, json, os, platform, subprocess, time
@@ -42,13 +42,14 @@ class Run:
         out:str|Path,  # The folder; made if it is not there
     ):
         self.cfg,self.out,self.device = cfg,Path(out),pick_device(cfg.device)
-        if (self.out/"config.yaml").exists():
-            if changed := {k: v for k,v in differences(load_config(self.out/"config.yaml"), cfg).items() if k != "device"}:
+        kept = self.out/"config.yaml"
+        if kept.exists() and self.state: # A folder in which nothing is done yet may take another configuration
+            if changed := {k: v for k,v in differences(load_config(kept), cfg).items() if k != "device"}:
                 raise ConfigError(f"{self.out} holds a run of another configuration: " + ", ".join(f"{k} is {a} there and {b} now" for k,(a,b) in changed.items())
                                   + "; choose another --out, or start from its config.yaml")
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif self.out.exists() and not kept.exists() and any(self.out.iterdir()):
             raise ConfigError(f"{self.out} is not empty and holds no run (no config.yaml); choose another --out")
-        else: save_config(cfg, self.out/"config.yaml")
+        else: save_config(cfg, kept)
 
     @cached_property
     def data(self)->tuple[Images,Images]: return load_data(self.cfg.data.source, self.cfg.data.size, self.cfg.data.limit)
@@ -78,6 +79,7 @@ def run_stages(
     if only not in ("all", *stages): raise ConfigError(unknown_name("stage", only, ("all", *stages)))
     run = Run(cfg, out)
     wanted = stages if only == "all" else (only,)
+    if "dit" in wanted and "dit" not in run.state: build_dit(cfg, len(run.data[0].classes), depth=1) # Sizes that do not fit are refused before anything is trained
     if force: run.forget(wanted[0])
     for stage in wanted:
         if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s"); continue
@@ -174,15 +176,24 @@ def run_latents(run:Run)->dict:
     return dict(shape=list(z.shape))
 
 # %% ../../nbs/53_training.stages.ipynb #ae5ff0e3
+def build_dit(
+    cfg:Config,    # Its `dit`, `tokenizer` and `data` sections
+    n_classes:int, # Of the data
+    **kw,          # Any other argument of `LightningDiT`
+)->LightningDiT:
+    "An untrained LightningDiT of a configuration, for its tokenizer's latents"
+    c = cfg.dit
+    sizes = {k: getattr(c, k) for k in ("hidden_size", "depth", "num_heads") if getattr(c, k)}
+    return create_dit(c.size, c.patch_size, **dict(input_size=cfg.data.size >> len(cfg.tokenizer.ch_mult)-1, in_channels=cfg.tokenizer.latent_dim,
+        num_classes=n_classes, swiglu=c.swiglu, rmsnorm=c.rmsnorm, rope=c.rope, qk_norm=c.qk_norm, shift=c.shift, learn_sigma=c.learn_sigma) | sizes | kw)
+
 def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
     z, y, _ = load_latents(run.file("latents.safetensors", "latents"), tok.cpu())
     tok.to(run.device)
-    c, t, n_classes = cfg.dit, cfg.dit_training, len(run.data[0].classes)
-    sizes = {k: getattr(c, k) for k in ("hidden_size", "depth", "num_heads") if getattr(c, k)}
-    model = create_dit(c.size, c.patch_size, input_size=z.shape[-1], in_channels=z.shape[2], num_classes=n_classes, swiglu=c.swiglu,
-                       rmsnorm=c.rmsnorm, rope=c.rope, qk_norm=c.qk_norm, shift=c.shift, learn_sigma=c.learn_sigma, **sizes)
+    t, n_classes = cfg.dit_training, len(run.data[0].classes)
+    model = build_dit(cfg, n_classes)
     labels = torch.arange(min(10, n_classes)).repeat_interleave(8)
     def look(learn):
         with learn.ema.applied() as m: x = draw(run, m, tok, labels, points=20, progress=False)
