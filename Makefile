@@ -18,7 +18,7 @@ setup: $(BIN)/.ready ## make the environment: venv, uv, pinned packages, package
 # The stamp is renewed when what is to be installed changes
 $(BIN)/.ready: settings.ini setup.py constraints.txt weights.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vavae_nb needs Python 3.10 or newer; make PYTHON=…"; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vavae_nb needs Python 3.11 or newer; make PYTHON=…"; exit 1; }
 	@echo "installing packages (a minute or two the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'

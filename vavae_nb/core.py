@@ -64,12 +64,7 @@ def sha256_file(
     path:str|Path, # File to read
 )->str:            # 64 hexadecimal digits
     "SHA-256 of a file's bytes, read in pieces"
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_pieces(f)
-
-def _sha256_pieces(f): # `hashlib.file_digest` is new in Python 3.11
-    h = hashlib.sha256()
-    while piece := f.read(1<<20): h.update(piece)
-    return h.hexdigest()
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #a9920ac4
 def cache_dir(
