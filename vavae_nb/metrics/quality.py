@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 from ..core import DataError, ShapeError
 
-# %% ../../nbs/41_metrics.quality.ipynb #2114e787
+# %% ../../nbs/41_metrics.quality.ipynb #e229505e
 def _image_pair(x, y): # float32, so that bf16 reconstructions are measured, not their rounding
     if x.shape != y.shape or x.ndim != 4 or not x.numel(): raise ShapeError(f"two image batches of one shape (b, c, H, W) are compared; got {tuple(x.shape)} and {tuple(y.shape)}")
     for im in (x, y):
@@ -21,7 +21,7 @@ def _image_pair(x, y): # float32, so that bf16 reconstructions are measured, not
             raise DataError(f"images must be finite floats in [-1, 1]; got {im.dtype} in [{im.amin():.4g}, {im.amax():.4g}]: rescale or clamp them first")
     return x.float(), y.float()
 
-# %% ../../nbs/41_metrics.quality.ipynb #e229505e
+# %% ../../nbs/41_metrics.quality.ipynb #a42acd03
 def psnr(
     x:Tensor, # Images in [−1, 1], (b, c, H, W)
     y:Tensor, # Their reconstructions, the same shape and range
@@ -30,7 +30,7 @@ def psnr(
     x,y = _image_pair(x, y)
     return 10*torch.log10(4/(x-y).square().flatten(1).mean(1))
 
-# %% ../../nbs/41_metrics.quality.ipynb #b730a360
+# %% ../../nbs/41_metrics.quality.ipynb #26bc43f0
 def _filter(x, w, dim): # Weighted windows along an axis; shifts and sums, since a convolution may run in TF32 or bf16
     return sum(wi*x.narrow(dim, i, x.shape[dim]-len(w)+1) for i,wi in enumerate(w))
 
@@ -52,7 +52,7 @@ def ssim(
     c1,c2 = (.01*2)**2, (.03*2)**2 # (K·L)², data range L = 2
     return ((2*mx*my + c1)*(2*(xy-mx*my) + c2) / ((mx*mx + my*my + c1)*(xx-mx*mx + yy-my*my + c2))).mean(1)
 
-# %% ../../nbs/41_metrics.quality.ipynb #7c10b9bc
+# %% ../../nbs/41_metrics.quality.ipynb #69f1b2ae
 @torch.no_grad()
 def reconstruction_metrics(
     x:Tensor,                    # Images in [−1, 1], (b, 3, H, W)
@@ -65,7 +65,7 @@ def reconstruction_metrics(
     if lpips is not None: out["lpips"] = lpips(x, y)
     return {k: v.mean().item() for k,v in out.items()}
 
-# %% ../../nbs/41_metrics.quality.ipynb #7c52b4a3
+# %% ../../nbs/41_metrics.quality.ipynb #4c6a22f2
 def _features(f, dim=None): # float64 on the CPU: MPS has none, and sums over 50 000 rows need it
     f = torch.as_tensor(f)
     if f.ndim != 2 or (dim is not None and f.shape[1] != dim): raise ShapeError(f"features must be (n, {'dim' if dim is None else dim}); got {tuple(f.shape)}")
@@ -73,7 +73,7 @@ def _features(f, dim=None): # float64 on the CPU: MPS has none, and sums over 50
     if not f.isfinite().all(): raise DataError(f"{(~f.isfinite().all(1)).sum()} of {len(f)} feature rows are NaN or infinite; check the images and the extractor's precision")
     return f
 
-# %% ../../nbs/41_metrics.quality.ipynb #4c6a22f2
+# %% ../../nbs/41_metrics.quality.ipynb #8d668614
 class FeatureStats:
     "Count, mean and covariance of features that arrive in batches, in float64; Chan, Golub & LeVeque 1983, eq. 2.1"
     def __init__(self): self.n,self.mean,self.scatter = 0,None,None
@@ -116,7 +116,7 @@ class FeatureStats:
 
     def __repr__(self): return f"FeatureStats(n={self.n}, dim={self.dim})"
 
-# %% ../../nbs/41_metrics.quality.ipynb #44b982a6
+# %% ../../nbs/41_metrics.quality.ipynb #fdc68849
 def _factor(cov): # A with A Aᵀ = cov, of full column rank: directions whose variance is rounding error are dropped
     w,V = torch.linalg.eigh(cov)
     keep = w > len(w)*torch.finfo(w.dtype).eps*w[-1]
@@ -132,7 +132,7 @@ def frechet_distance(
     fidelity = torch.linalg.svdvals(_factor(S1).T@_factor(S2)).sum() # tr (S1^½ S2 S1^½)^½
     return max(((a.mean-b.mean).square().sum() + S1.trace() + S2.trace() - 2*fidelity).item(), 0.)
 
-# %% ../../nbs/41_metrics.quality.ipynb #092e9fcc
+# %% ../../nbs/41_metrics.quality.ipynb #ad7ea306
 @dataclass(frozen=True)
 class Measure:
     "A measured number with what it depends on; none is complete without"
@@ -151,7 +151,7 @@ class Measure:
 
     def to_dict(self)->dict: return asdict(self)
 
-# %% ../../nbs/41_metrics.quality.ipynb #ad7ea306
+# %% ../../nbs/41_metrics.quality.ipynb #91165a57
 def fd(
     samples:FeatureStats,   # Of the generated or reconstructed images
     reference:FeatureStats, # Of the real ones
@@ -163,7 +163,7 @@ def fd(
     "The Fréchet distance of samples from a reference, with all that the number depends on"
     return Measure(metric, frechet_distance(samples, reference), samples.n, extractor, name, note, reference.n)
 
-# %% ../../nbs/41_metrics.quality.ipynb #3ce35097
+# %% ../../nbs/41_metrics.quality.ipynb #cb6bcdae
 def nearest_neighbours(
     a:Tensor|np.ndarray,      # Queries, (n, dim)
     b:Tensor|np.ndarray,      # Candidates, (m, dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import DataError, ShapeError
 from ..tensors import generator as make_generator
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #f3a38338
+# %% ../../nbs/42_metrics.uniformity.ipynb #db6ed1d9
 def latent_vectors(
     latents:Tensor,                      # (N, d, h, w)
     n:int=10000,                         # Images to take, each once
@@ -34,7 +34,7 @@ def latent_vectors(
     std,mean = torch.std_mean(v, 0)
     return torch.where(std > 1e-6*mean.abs(), (v-mean)/std, torch.zeros_like(v)) # A constant channel carries nothing: 0, not rounding error / 0
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #54ec2f15
+# %% ../../nbs/42_metrics.uniformity.ipynb #7a0c2426
 def tsne_2d(
     vectors:Tensor,       # (n, d)
     seed:int,             # Of scikit-learn's random state
@@ -48,7 +48,7 @@ def tsne_2d(
     tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed % 2**32)
     with threadpool_limits(1): return torch.from_numpy(tsne.fit_transform(x.numpy())) # The number of threads changes the order of sums, and so the layout
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #09e8344b
+# %% ../../nbs/42_metrics.uniformity.ipynb #11858eff
 def kde_at_points(
     points:Tensor,  # (n, d), d small
     chunk:int=1024, # Points at a time; memory is chunk·n
@@ -65,7 +65,7 @@ def kde_at_points(
     p = torch.cat([torch.exp(-.5*torch.cdist(c, z).square()).sum(1) for c in z.split(chunk)])
     return p/(n*(2*math.pi)**(d/2)*L.diagonal().prod())
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #f5f27a75
+# %% ../../nbs/42_metrics.uniformity.ipynb #dbd7ec65
 def _positive(p): # float64; a density is not negative and not all zero
     p = torch.as_tensor(p).detach().cpu().double().flatten()
     if len(p) < 2 or not p.isfinite().all() or p.min() < 0 or p.sum() == 0:
@@ -94,7 +94,7 @@ def normalised_entropy(
     p = _positive(p)
     return (torch.special.entr(p/p.sum()).sum()/math.log(len(p))).item()
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #577db69c
+# %% ../../nbs/42_metrics.uniformity.ipynb #64faca51
 def uniformity(
     latents:Tensor,       # (N, d, h, w)
     n:int=10000,          # Vectors a run, one an image; figures of another n are not comparable
@@ -114,7 +114,7 @@ def uniformity(
     return {**dict(zip(measures, rows.mean(0).tolist())), **{f"{k}_std": v for k,v in zip(measures, std)},
             "n": n, "runs": runs, "seed": seed, "perplexity": perplexity}
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #64faca51
+# %% ../../nbs/42_metrics.uniformity.ipynb #a0a887c3
 def plot_density(
     points:Tensor,       # (n, 2)
     density:Tensor,      # (n,)
@@ -128,7 +128,7 @@ def plot_density(
     ax.set(xticks=[], yticks=[]); ax.set_aspect("equal", "datalim")
     return ax
 
-# %% ../../nbs/42_metrics.uniformity.ipynb #a7293b89
+# %% ../../nbs/42_metrics.uniformity.ipynb #a5020682
 def knn_distance_cv(
     vectors:Tensor, # (n, d), channel-normalised
     k:int=5,        # Which neighbour
