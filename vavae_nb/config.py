@@ -32,7 +32,7 @@ class Foundation:
 
 @dataclass(frozen=True)
 class VF:
-    "The vision-foundation alignment loss (paper, section 3.3); a row of Table 5 is a setting here"
+    "The vision-foundation alignment loss (Yao et al. 2025); a row of Table 5 is a setting here"
     weight:float=.1         # Hyper-weight, multiplied by the adaptive ratio
     adaptive:bool=True      # Scale by the ratio of gradient norms at the encoder's last convolution
     adaptive_every:int=1    # Steps between two updates of that ratio, which costs a backward pass through the decoder
