@@ -24,7 +24,7 @@ from ..latents import encode_images, load_latents, save_latents, take_stats
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, reconstruction_metrics
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
-from ..tensors import autocast, generator, has_bf16, pick_device, seed_everything
+from ..tensors import autocast, generator, has_bf16, load_tensors, pick_device, seed_everything
 from ..tokenizer.autoencoder import Autoencoder, linear_start, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
 from ..tokenizer.perceptual import LPIPS
@@ -184,7 +184,8 @@ def run_latents(run:Run)->dict:
     tok, (train, _) = run.tokenizer(), run.data
     z = encode_images(tok, train, run.cfg.seed, run.cfg.evaluation.batch_size, run.cfg.precision)
     take_stats(tok, z, train, seed=run.cfg.seed)
-    tok.save(run.out/"tokenizer.safetensors", dict(data=train.fingerprint))
+    path = run.out/"tokenizer.safetensors"
+    tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
     save_latents(run.out/"latents.safetensors", z, train, tok)
     return dict(shape=list(z.shape))
 
