@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'generator', 'ImageNoise', 'pick_device', 'has_bf16', 'autocast', 'rel_err', 'test_tensor',
-           'check_labels', 'save_tensors', 'load_tensors', 'load_into']
+           'check_labels', 'save_tensors', 'load_tensors', 'load_into', 'StandIn', 'load_torch']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
-import hashlib, json, random
+import hashlib, io, json, pickle, pickletools, random, sys, zipfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -160,3 +161,68 @@ def load_into(
         raise CheckpointError(f"{source} does not fit {type(module).__name__} ({len(wrong)} tensors differ):\n{shown}\n"
                               "Build the model with the configuration that the checkpoint was made with.")
     module.load_state_dict(tensors)
+
+# %% ../nbs/02_tensors.ipynb #c1f0a002
+class StandIn:
+    "Takes the place of an object of foreign code: keeps the arguments and the state that it was pickled with, and does nothing"
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+    def __init__(self, *args): pass
+    def __setstate__(self, state): self.state = state
+    def __repr__(self): return f"<stand-in for {type(self).__module__}.{type(self).__name__}>"
+
+def _plain(kind): return type(kind.__name__, (), dict(__new__=lambda cls, *args: kind())) # For dict and list subclasses: torch fills only exact types
+
+def _stand_in(name):
+    module, _, last = name.rpartition(".")
+    return type(last, (StandIn,), dict(__module__=module))
+
+# %% ../nbs/02_tensors.ipynb #c1f0a003
+_harmless = {"argparse.Namespace", "collections.defaultdict", "datetime.datetime", "datetime.timedelta", "types.SimpleNamespace", "typing.Any",
+             *(f"builtins.{t}" for t in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")), # As types, in omegaconf's nodes
+             *(f"pathlib.{v}{p}" for v in ("", "_local.") for p in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"))}
+
+def _names(path): # What the file asks for and `weights_only` does not allow, listed without unpickling
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint
+    if zipfile.is_zipfile(path): return set(unsafe(path))
+    names = set()
+    with open(path, "rb") as f:
+        for _ in range(5): # Before torch 1.6: number, protocol, platform, contents, storages, each a pickle of its own
+            start = f.tell()
+            for _ in pickletools.genops(f): pass
+            end = f.tell()
+            f.seek(start)
+            box = io.BytesIO()
+            with zipfile.ZipFile(box, "w") as z: z.writestr("a/data.pkl", f.read(end-start)); z.writestr("a/version", "3")
+            names |= set(unsafe(io.BytesIO(box.getvalue())))
+    return names
+
+# %% ../nbs/02_tensors.ipynb #c1f0a004
+def _unpickle(path, foreign):
+    stand_ins = {name: _stand_in(name) for name in foreign}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(c, name) for name,c in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        except pickle.UnpicklingError as e: # Filled like a dict or list: then it is one, and the file is read once more
+            name = next((n for n,c in stand_ins.items() if f"'{n}'" in str(e) and issubclass(c, StandIn) and "Can only" in str(e)), None)
+            if name is None: raise
+            stand_ins[name] = _plain(OrderedDict if "SETITEM" in str(e) else list)
+
+def load_torch(
+    path:str|Path,         # A `.pt`, `.pth` or `.ckpt` file of `torch.save`, of any age
+)->tuple[Any,list[str]]:   # What it holds, tensors on the CPU (mapped from the file where it can be); names of the foreign code that was stood in for
+    "Read a torch checkpoint without running any of it: foreign objects become inert, names that could do harm are refused"
+    if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
+    try:
+        names = _names(path)
+        root = lambda name: name.split(".")[0]
+        bad = sorted(n for n in names-_harmless if root(n) in sys.stdlib_module_names or root(n) in ("builtins", "torch"))
+        if not bad: return _unpickle(path, names), sorted(names)
+    except Exception as e: # A broken pickle can raise anything
+        raise CheckpointError(f"{path} is not a whole torch checkpoint that can be read safely ({type(e).__name__}: {(str(e).strip() or 'it ends early').splitlines()[0]}); "
+                              "download it again, or write it anew with torch.save") from None
+    raise CheckpointError(f"{path} asks for {', '.join(bad)}, which no checkpoint of tensors needs and which could run code; nothing was run. "
+                          "If you trust its author, ask for a safetensors file")
