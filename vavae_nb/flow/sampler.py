@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['solvers', 'time_grid', 'euler', 'heun', 'midpoint', 'rk4', 'integrate', 'sde_weight', 'euler_maruyama', 'Guided',
-           'ImageNoise', 'evaluating', 'sample']
+           'evaluating', 'in_batches', 'sample']
 
 # %% ../../nbs/33_flow.sampler.ipynb #9b0105bf
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, ShapeError, VavaeError, unknown_name
 from ..core import progress as progress_bar
 from .path import FlowPath, LinearPath
-from ..tensors import check_labels
+from ..tensors import ImageNoise, check_labels
 
 # %% ../../nbs/33_flow.sampler.ipynb #6093fbba
 def time_grid(
@@ -123,7 +123,7 @@ def euler_maruyama(
 
 # %% ../../nbs/33_flow.sampler.ipynb #9e756385
 class Guided:
-    "Classifier-free guidance, `v_u + w (v_c - v_u)`, as a velocity of (x, t); Ho & Salimans 2022, eq. 6"
+    "Classifier-free guidance, `v_u + w (v_c - v_u)`, as a function of (x, t); Ho & Salimans 2022, eq. 6"
     def __init__(self,
         model:Callable,                           # Function of (x, t, y) that keeps the shape of x
         y:Tensor,                                 # Labels, (b,)
@@ -131,37 +131,28 @@ class Guided:
         cfg_scale:float=4.,                       # w; 1 is no guidance
         cfg_interval:tuple[float,float]=(0.,1.),  # Guide while lo <= t <= hi
         channels:int|None=None,                   # Guide only the first channels: 3 as published, `None` for all
+        learnt_sigma:bool=False,                  # Ask for the variance too; it is the conditional one
     ):
         lo,hi = cfg_interval
         if lo > hi: raise ConfigError(f"cfg_interval ({lo}, {hi}) is reversed; give (lo, hi) with lo <= hi, times from noise 0 to data 1")
         if channels is not None and channels < 1: raise ConfigError(f"cfg channels {channels} must be at least 1, or None for all")
-        self.model,self.y,self.cfg_scale,self.channels = model,y,cfg_scale,channels
+        self.model,self.y,self.cfg_scale,self.channels,self.learnt_sigma = model,y,cfg_scale,channels,learnt_sigma
         self.lo,self.hi = np.float32(lo),np.float32(hi) # As the times are, so that t = lo compares equal
         self.yy = torch.cat([y, torch.full_like(y, null_class)])
     def guides(self, t:float)->bool: return self.cfg_scale != 1 and bool(self.lo <= np.float32(t) <= self.hi)
     def _call(self, x, t, y):
-        out = self.model(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype), y)
-        if out.shape != x.shape: raise ShapeError(f"the model returned {tuple(out.shape)} for latents {tuple(x.shape)}; it must keep the shape of x")
+        (b,d,*hw), s = x.shape, self.learnt_sigma
+        out = self.model(x, torch.full((b,), t, device=x.device, dtype=x.dtype), y, **dict(return_sigma=True) if s else {})
+        if out.shape != (b, d*(1+s), *hw):
+            raise ShapeError(f"the model returned {tuple(out.shape)} for latents {tuple(x.shape)}; it must "
+                             + ("return twice the channels (learn_sigma=True)" if s else "keep the shape of x"))
         return out.to(x.dtype) # From bf16 under autocast
     def __call__(self, x:Tensor, t:float)->Tensor:
         if not self.guides(t): return self._call(x, float(t), self.y)
         v_c,v_u = self._call(torch.cat([x, x]), float(t), self.yy).chunk(2)
-        v, c = v_u + self.cfg_scale*(v_c-v_u), self.channels
-        return v if c is None else torch.cat([v[:,:c], v_c[:,c:]], 1)
-
-# %% ../../nbs/33_flow.sampler.ipynb #a2554a1f
-class ImageNoise:
-    "Noise of images by index: one counter-based stream each, the same whatever the batch and the device"
-    def __init__(self,
-        seed:int,              # The run's seed
-        indices:range,         # Indices of the images
-        shape:tuple[int,...],  # Of one latent, (d, h, w)
-        device:torch.device|str="cpu",
-    ):
-        self.streams = [np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, i])) for i in indices]
-        self.shape,self.device = tuple(shape),device
-    def __call__(self)->Tensor: # (b, d, h, w) float32, new at each call
-        return torch.from_numpy(np.stack([o.standard_normal(self.shape, dtype=np.float32) for o in self.streams])).to(self.device)
+        c = min(self.channels or x.shape[1], x.shape[1])
+        v = v_u[:,:c] + self.cfg_scale*(v_c-v_u)[:,:c]
+        return torch.cat([v, v_c[:,c:]], 1) if c < v_c.shape[1] else v
 
 # %% ../../nbs/33_flow.sampler.ipynb #7183d450
 @contextmanager
@@ -175,6 +166,32 @@ def evaluating(
         with torch.no_grad(): yield
     finally:
         for m,training in modes: m.training = training
+
+# %% ../../nbs/33_flow.sampler.ipynb #c3f06a51
+def in_batches(
+    solve:Callable,                    # Function of (labels, noise, callback): `noise()` draws anew at each call, `callback` follows each step
+    model:Callable,                    # Module or function that `solve` asks
+    y:Tensor,                          # Labels, (n,)
+    latent_shape:tuple[int,int,int],   # (d, h, w)
+    *, null_class:int,                 # The largest label allowed
+    n_calls:int,                       # Steps of a batch, for the bar
+    batch_size:int=64,                 # Images at a time
+    seed:int=0,                        # With the index it gives an image's noise
+    first_index:int=0,                 # Index of the first image
+    device:torch.device|None=None,     # Default: the model's
+    progress:bool=True,                # Show a bar, in steps
+)->Tensor:                             # (n, d, h, w), on the device
+    "Solve for all labels, a batch at a time, each image with the noise of its index"
+    y, out = check_labels(y, null_class), []
+    if device is None: device = next((p.device for p in model.parameters()), y.device) if isinstance(model, nn.Module) else y.device
+    starts = range(0, len(y), batch_size)
+    shown = progress_bar(desc=f"sampling {len(y)}", total=n_calls*len(starts), unit="step") if progress else nullcontext()
+    with evaluating(model), shown as bar:
+        tick = (lambda *_: bar.update()) if progress else None
+        for i in starts:
+            yb = y[i:i+batch_size].to(device)
+            out.append(solve(yb, ImageNoise(seed, range(first_index+i, first_index+i+len(yb)), latent_shape, device), tick))
+    return torch.cat(out) if out else torch.empty(0, *latent_shape, device=device)
 
 # %% ../../nbs/33_flow.sampler.ipynb #cff00efb
 def sample(
@@ -199,20 +216,14 @@ def sample(
     "Sample normalised latents for the labels; the same for every batch size"
     known = (*solvers, "sde")
     if solver not in known: raise ConfigError(unknown_name("solver", solver, known))
-    y = check_labels(y, null_class)
-    if device is None: device = next((p.device for p in model.parameters()), y.device) if isinstance(model, nn.Module) else y.device
     sde, (lo,hi) = solver == "sde", path.interval(prediction, sampling=True)
     ts = time_grid(n_points, shift, (max(lo, 1e-3), .96) if sde else (lo, hi))
-    Guided(model, y, null_class, cfg_scale, cfg_interval, channels) # Its checks, before any work
-    starts, out = range(0, len(y), batch_size), []
-    n_calls = n_points if sde else 1 if solver == "dopri5" else n_points-1
-    shown = progress_bar(desc=f"sampling {len(y)}", total=n_calls*len(starts), unit="step") if progress else nullcontext()
-    with evaluating(model), shown as bar:
-        for i in starts:
-            yb = y[i:i+batch_size].to(device)
-            noise = ImageNoise(seed, range(first_index+i, first_index+i+len(yb)), latent_shape, device)
-            guided = Guided(model, yb, null_class, cfg_scale, cfg_interval, channels)
-            v = lambda x,t: path.to_velocity(guided(x, t), x, t, prediction)
-            kw = dict(callback=(lambda *_: bar.update()) if progress else None)
-            out.append(euler_maruyama(v, noise(), ts, path=path, noise=noise, **kw) if sde else integrate(v, noise(), ts, solver, **kw))
-    return torch.cat(out) if out else torch.empty(0, *latent_shape, device=device)
+    guided = partial(Guided, null_class=null_class, cfg_scale=cfg_scale, cfg_interval=cfg_interval, channels=channels)
+    guided(model, check_labels(y, null_class)) # Its checks, before any work
+    def solve(y, noise, callback):
+        f = guided(model, y)
+        v = lambda x,t: path.to_velocity(f(x, t), x, t, prediction)
+        if sde: return euler_maruyama(v, noise(), ts, path=path, noise=noise, callback=callback)
+        return integrate(v, noise(), ts, solver, callback=callback)
+    return in_batches(solve, model, y, latent_shape, null_class=null_class, n_calls=n_points if sde else 1 if solver == "dopri5" else n_points-1,
+                      batch_size=batch_size, seed=seed, first_index=first_index, device=device, progress=progress)
