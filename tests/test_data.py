@@ -2,10 +2,8 @@
 import os, warnings
 import numpy as np, pytest, torch
 from PIL import Image
-from vavae_nb.core import CheckpointError, DataError
+from vavae_nb.core import DataError
 from vavae_nb.data import Batches, Images, center_crop, embedded, folder, load_data
-from vavae_nb.latents import encode_images, load_latents, save_latents, take_stats
-from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
@@ -95,20 +93,6 @@ def test_batches_refuse_nothing_to_do():
     with pytest.raises(DataError, match="batches"): Batches(0, None)
 
 def test_embedded_pixels_are_cifar10(): assert embedded("test").batch([0]).sum().item() == pytest.approx((embedded("test").pixels[0]/127.5-1).sum(), rel=1e-4)
-
-def test_latents_belong_to_their_tokenizer(tmp_path):
-    make = lambda: Autoencoder(latent_dim=4, ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, norm_groups=4)
-    a, b, images = make(), make(), embedded("test").subset(range(20))
-    for tok in (a, b): take_stats(tok, encode_images(tok, images), images)
-    z = encode_images(a, images)
-    save_latents(tmp_path/"z.safetensors", z, images, a)
-    assert load_latents(tmp_path/"z.safetensors", a)[0].shape == (20, 2, 4, 8, 8)
-    with pytest.raises(CheckpointError, match="encode the images again"): load_latents(tmp_path/"z.safetensors", b)
-    a.save(tmp_path/"a.safetensors")
-    again = Autoencoder.load(tmp_path/"a.safetensors") # Statistics travel with it
-    assert torch.equal(load_latents(tmp_path/"z.safetensors", again)[0], load_latents(tmp_path/"z.safetensors", a)[0])
-    half = make(); take_stats(half, z*2, images) # Other statistics, other weights
-    with pytest.raises(CheckpointError): load_latents(tmp_path/"z.safetensors", half)
 
 def test_images_check_their_parts():
     with pytest.raises(DataError, match="3 images but 2 labels"): Images(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(2), ["a"], "x")

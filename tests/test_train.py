@@ -42,7 +42,7 @@ def run(pets, tmp_path_factory):
 
 def test_run_on_a_folder(run):
     out, text, err = run
-    for f in ("config.yaml", "tokenizer.safetensors", "latents.safetensors", "dit.safetensors", "log.csv", "metrics.json", "samples.npz",
+    for f in ("config.yaml", "tokenizer.safetensors", "latents/latents_rank00_shard000.safetensors", "latents/latents_stats.pt", "dit.safetensors", "log.csv", "metrics.json", "samples.npz",
               "reconstructions.png", "samples.png", "curves.png", "tsne.png", "nearest.png"): assert (out/f).stat().st_size > 0, f
     assert "broken.jpg" in err and "1 of 61 images could not be decoded" in err
     x = np.load(out/"samples.npz")

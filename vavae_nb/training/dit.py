@@ -17,6 +17,7 @@ from ..core import LabelError, ShapeError
 from ..data import Batches
 from ..dit.model import LightningDiT, drop_labels
 from ..flow.path import FlowLoss, paths
+from ..latents import Latents
 from ..tensors import check_labels, generator
 from .callbacks import Autocast, ClipGrad, EMA, FiniteGuard, LRSchedule, Loaders, MaxSteps, TermsLog
 
@@ -55,10 +56,9 @@ class DiTLoss:
 # %% ../../nbs/52_training.dit.ipynb #95657d01
 def dit_learner(
     model:LightningDiT,     # To be trained
-    latents:Tensor,         # Normalised (n, 2, d, h, w); [:, 1] of mirrored images
-    labels:Tensor,          # (n,) in [0, n_classes)
+    latents:Latents,        # n latents of both flips, with labels in [0, n_classes)
     *,
-    valid:tuple[Tensor,Tensor]|None=None,    # Latents and labels to validate on after each epoch, if given
+    valid:Latents|None=None,                 # To validate on after each epoch, if given
     training:DiTTraining=DiTTraining(),      # Everything else
     device:str|torch.device="cpu",           # Where
     precision:str="auto",                    # `auto`, `fp32`, `bf16`
@@ -67,19 +67,17 @@ def dit_learner(
     cbs=(),                                  # More callbacks
 )->Learner:                                  # `fit(n)` trains n epochs, at most `training.steps` batches; `learn.ema` holds the average
     "A Learner for LightningDiT on latents"
-    for z,y in ((latents, labels), *([valid] if valid else [])): _check(model, z, y)
+    for z in (latents, *([valid] if valid else [])): _check(model, z)
     flow = FlowLoss(paths[training.path], training.prediction, training.times, training.direction_weight)
-    loader = lambda z, y, **kw: Batches(len(z), lambda i, flip: (z[i, flip.long()], y[i]), training.batch_size, seed, **kw)
-    dls = Loaders(loader(latents, labels), loader(*valid, shuffle=False) if valid else (), device)
+    loader = lambda z, **kw: Batches(len(z), lambda i, flip: (z.batch(i, flip), z.labels[i]), training.batch_size, seed, **kw)
+    dls = Loaders(loader(latents), loader(valid, shuffle=False) if valid else (), device)
     callbacks = [FlowBatch(flow, training.label_dropout, seed), Autocast(precision), log or TermsLog(), FiniteGuard(), ClipGrad(training.clip),
                  LRSchedule(training.steps, training.schedule, training.warmup), EMA(training.ema), MaxSteps(training.steps)]
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, betas=training.betas, weight_decay=training.weight_decay, fused=True)
     return Learner(dls, model, DiTLoss(flow), opt_func=opt, lr=training.lr, wd=training.weight_decay, cbs=[*callbacks, *cbs])
 
-def _check(model, z, y):
+def _check(model, z):
     want = (model.in_channels, model.input_size, model.input_size)
-    if z.ndim != 5 or z.shape[1] != 2 or tuple(z.shape[2:]) != want:
-        raise ShapeError(f"latents are {tuple(z.shape)}, but this model takes (n, 2, {', '.join(map(str, want))}): build it for these latents")
-    if len(y) != len(z): raise ShapeError(f"{len(z)} latents but {len(y)} labels")
-    check_labels(y, model.num_classes)
+    if z.shape != want: raise ShapeError(f"latents are {z.shape}, but this model takes {want}: build it for these latents")
+    y = check_labels(z.labels, model.num_classes)
     if y.max() == model.null_class: raise LabelError(f"a label is {model.null_class}, the null class; data has labels 0 to {model.null_class-1}")

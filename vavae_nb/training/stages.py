@@ -20,7 +20,7 @@ from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, count_params, create_dit
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import sample, solvers
-from ..latents import encode_images, load_latents, save_latents, take_stats
+from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, reconstruction_metrics
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
@@ -182,12 +182,12 @@ def _fresh_log(run, stage): # Rows of an earlier or interrupted try of this stag
 def run_latents(run:Run)->dict:
     "encode both flips of every training image and take the latent statistics"
     tok, (train, _) = run.tokenizer(), run.data
-    z = encode_images(tok, train, run.cfg.seed, run.cfg.evaluation.batch_size, run.cfg.precision)
-    take_stats(tok, z, train, seed=run.cfg.seed)
-    path = run.out/"tokenizer.safetensors"
+    folder, path = run.out/"latents", run.out/"tokenizer.safetensors"
+    extract_shards(tok, train, folder, seed=run.cfg.seed, batch_size=run.cfg.evaluation.batch_size, precision=run.cfg.precision, replace=True)
+    record_statistics(tok, folder, seed=run.cfg.seed)
     tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
-    save_latents(run.out/"latents.safetensors", z, train, tok)
-    return dict(shape=list(z.shape))
+    latents = load_latents(folder, tok)
+    return dict(images=len(latents), shape=list(latents.shape), shards=len(latents.shards))
 
 # %% ../../nbs/53_training.stages.ipynb #ae5ff0e3
 def build_dit(
@@ -204,8 +204,7 @@ def build_dit(
 def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
-    z, y, _ = load_latents(run.file("latents.safetensors", "latents"), tok.cpu())
-    tok.to(run.device)
+    latents = load_latents(run.file("latents", "latents"), tok)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
     labels = torch.arange(min(10, n_classes)).repeat_interleave(8)
@@ -213,7 +212,7 @@ def run_dit(run:Run)->dict:
         with learn.ema.applied() as m: x = draw(run, m, tok, labels, points=20, progress=False)
         _class_grid(run, x, labels, run.out/"progress"/f"samples-{learn.train_iter:06d}.png", f"step {learn.train_iter}")
     log = TermsLog(_fresh_log(run, "dit"), "dit")
-    learn = dit_learner(model, z, y, training=t, device=run.device, precision=cfg.precision, seed=cfg.seed, log=log,
+    learn = dit_learner(model, latents, training=t, device=run.device, precision=cfg.precision, seed=cfg.seed, log=log,
                         cbs=[StepBar(t.steps, "LightningDiT"), Every(max(1, t.steps//3), look)])
     fit_steps(learn, t.steps)
     model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
@@ -320,11 +319,12 @@ def _generation(run):
 
 # %% ../../nbs/53_training.stages.ipynb #99eaaf44
 def _uniformity(run):
-    z, _, _ = load_latents(run.file("latents.safetensors", "latents"), run.tokenizer().cpu())
-    n, seed = min(run.cfg.evaluation.tsne_points, len(z)), run.cfg.seed
+    latents = load_latents(run.file("latents", "latents"), run.tokenizer())
+    n, seed = min(run.cfg.evaluation.tsne_points, len(latents)), run.cfg.seed
     if n < 10: return dict(n=n, note="too few latents for a density")
     perplexity = min(30., (n-1)/3) # 30 as published, where there are enough
-    v = latent_vectors(z[:, 0], n, generator(seed, "uniformity"))
+    some = torch.randperm(len(latents), generator=generator(seed, "uniformity, images"))[:n]
+    v = latent_vectors(latents.batch(some), n, generator(seed, "uniformity"))
     points = tsne_2d(v, seed, perplexity)
     p = kde_at_points(points)
     ax = plot_density(points, p); ax.set_title(f"t-SNE of {n} latent vectors"); ax.figure.tight_layout()
