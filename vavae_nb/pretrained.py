@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from .core import ConfigError, WeightsError, atomic_write, cache_dir, sha256_file, unknown_name
-from .tensors import load_tensors, save_tensors
+from .core import CheckpointError, ConfigError, WeightsError, atomic_write, cache_dir, sha256_file, unknown_name
+from .tensors import load_tensors, load_torch, save_tensors
 
 # %% ../nbs/03_pretrained.ipynb #27f2080c
 def remembered_sha256(
@@ -152,9 +152,8 @@ def _as_safetensors(path, sha, rename): # Anything else is read without running 
     if path.suffix == ".safetensors": return path
     kept = cache_dir("weights")/f"{path.stem}-{sha[:16]}.safetensors"
     if kept.is_file(): return kept
-    try: t = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise WeightsError(f"{path} is neither safetensors nor a torch file of tensors ({str(e).splitlines()[0]})") from None
+    try: t, _ = load_torch(path)
+    except CheckpointError as e: raise WeightsError(f"neither safetensors nor a torch file of tensors: {e}") from None
     if isinstance(t, dict): t = next((t[k] for k in ("state_dict", "model", "teacher") if isinstance(t.get(k), dict)), t)
     t = {k: v.clone() for k,v in t.items() if isinstance(v, Tensor)} if isinstance(t, dict) else {}
     if not t: raise WeightsError(f"{path} holds no named tensors")
