@@ -73,6 +73,7 @@ class TokenizerTraining:
     steps:int=1000                        # Batches (of the first phase); 0: `tokenizer.weights` as they are
     phases:tuple[Phase,...]=()            # What follows, each `{steps: 100, vf_weight: 0.1, cos_margin: 0, …}`
     batch_size:int=64                     # Images
+    precision:str=""                      # Of this training alone, as `precision`; empty: the run's
     lr:float=1e-4                         # Of both optimizers' Adam
     betas:tuple[float,float]=(.5, .9)     # Of both
     schedule:str="constant"               # `constant` or `cosine` (to zero)
