@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'generator', 'ImageNoise', 'pick_device', 'has_bf1
            'check_labels', 'save_tensors', 'load_tensors', 'load_into', 'StandIn', 'load_torch']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
-import hashlib, io, json, pickle, pickletools, random, sys, zipfile
+import _compat_pickle, hashlib, io, json, pickle, pickletools, random, sys, zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Iterable
@@ -183,6 +183,7 @@ def _stand_in(name):
 _harmless = {"argparse.Namespace", "collections.defaultdict", "datetime.datetime", "datetime.timedelta", "types.SimpleNamespace", "typing.Any",
              *(f"builtins.{t}" for t in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")), # As types, in omegaconf's nodes
              *(f"pathlib.{v}{p}" for v in ("", "_local.") for p in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"))}
+_python = {"torch", *sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING} # Pickles of protocol 2 name modules as Python 2 did
 
 def _names(path): # What the file asks for and `weights_only` does not allow, listed without unpickling
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint
@@ -218,8 +219,7 @@ def load_torch(
     if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
     try:
         names = _names(path)
-        root = lambda name: name.split(".")[0]
-        bad = sorted(n for n in names-_harmless if root(n) in sys.stdlib_module_names or root(n) in ("builtins", "torch"))
+        bad = sorted(n for n in names-_harmless if n.split(".")[0] in _python)
         if not bad: return _unpickle(path, names), sorted(names)
     except Exception as e: # A broken pickle can raise anything
         raise CheckpointError(f"{path} is not a whole torch checkpoint that can be read safely ({type(e).__name__}: {(str(e).strip() or 'it ends early').splitlines()[0]}); "
