@@ -245,7 +245,7 @@ def test_what_has_no_counterpart(tmp_path):
     good = config_to_diffusers(lively(SD))
     for change, why in ((dict(mid_block_add_attention=False), "no attention in the middle"), (dict(act_fn="gelu"), "activation gelu"), (dict(out_channels=4), "3 channels in and 4 out"),
                         (dict(block_out_channels=[32, 48, 64, 64]), "not all multiples"), (dict(up_block_types=["AttnUpDecoderBlock2D"]+["UpDecoderBlock2D"]*3), "other levels in the encoder"),
-                        (dict(down_block_types=["CrossAttnDownBlock2D"]*4), "block type CrossAttnDownBlock2D"), (dict(_class_name="AutoencoderDC"), "it is a AutoencoderDC")):
+                        (dict(down_block_types=["CrossAttnDownBlock2D"]*4), "block type CrossAttnDownBlock2D"), (dict(_class_name="AutoencoderDC"), "class AutoencoderDC")):
         with pytest.raises(ConfigError, match=why): config_from_diffusers(good | change)
     with pytest.raises(ConfigError, match="no attention.*activation gelu"): config_from_diffusers(good | dict(mid_block_add_attention=False, act_fn="gelu"))
     with pytest.raises(CheckpointError, match="neither config.json nor"): from_diffusers(tmp_path)

@@ -190,7 +190,7 @@ def config_from_diffusers(
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     size = c["sample_size"] if isinstance(c["sample_size"], int) else c["sample_size"][0]
     attn = [b == _down[1] for b in down]
-    why = [f"it is a {kind}" for kind in [c.get("_class_name", "AutoencoderKL")] if kind != "AutoencoderKL"]
+    why = [f"class {kind}" for kind in [c.get("_class_name", "AutoencoderKL")] if kind != "AutoencoderKL"]
     why += [f"block type {b}" for b in sorted({*down}-{*_down} | {*up}-{*_up})]
     if not why and [b == _up[1] for b in up] != attn[::-1]: why.append(f"attention at other levels in the encoder ({', '.join(down)}) than in the decoder ({', '.join(up)})")
     if not c["mid_block_add_attention"]: why.append("no attention in the middle")
@@ -210,7 +210,7 @@ def config_to_diffusers(
     if tok.latent_mean is not None:
         mean, std = (v.flatten().tolist() for v in (tok.latent_mean, tok.latent_std))
         one = len(set(mean)) == len(set(std)) == 1
-        stats = dict(scaling_factor=1/std[0], shift_factor=mean[0] or None) if one else dict(scaling_factor=1., latents_mean=mean, latents_std=std)
+        stats = dict(scaling_factor=float(f"{1/std[0]:.7g}"), shift_factor=mean[0] or None) if one else dict(scaling_factor=1., latents_mean=mean, latents_std=std)
     return dict(in_channels=c["in_channels"], out_channels=c["in_channels"], down_block_types=[_down[a] for a in attn], up_block_types=[_up[a] for a in attn[::-1]],
                 block_out_channels=[c["ch"]*m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"], act_fn="silu", latent_channels=c["latent_dim"],
                 norm_num_groups=c["norm_groups"], sample_size=c["resolution"], **stats)
