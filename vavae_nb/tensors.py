@@ -171,6 +171,7 @@ class StandIn:
         return self
     def __init__(self, *args): pass
     def __setstate__(self, state): self.state = state
+    def __setitem__(self, k, v): raise pickle.UnpicklingError(f"Can only SETITEM for dict, but got {type(self)}") # As later torch says before it tries
     def __repr__(self): return f"<stand-in for {type(self).__module__}.{type(self).__name__}>"
 
 def _plain(kind): return type(kind.__name__, (), dict(__new__=lambda cls, *args: kind())) # For dict and list subclasses: torch fills only exact types
