@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'CheckpointError', 'ShapeError', 'LabelError',
-           'nearest_name', 'unknown_name', 'atomic_write', 'sha256_file', 'cache_dir', 'progress']
+           'nearest_name', 'unknown_name', 'atomic_write', 'sha256_file', 'cache_dir', 'keep_on_disk', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
 import difflib, hashlib, os, sys, tempfile
@@ -74,6 +74,15 @@ def cache_dir(
     p = Path(os.environ.get("VAVAE_NB_CACHE") or Path.home()/".cache"/"vavae_nb")/name
     p.mkdir(parents=True, exist_ok=True)
     return p
+
+# %% ../nbs/00_core.ipynb #95a0ccb1
+def keep_on_disk(
+    when:str,    # `always`, `never`, or `auto`: up to 20 GB
+    size:int,    # Bytes that it would take
+)->bool:
+    "Is something worth keeping in the cache?"
+    if when not in (known := ("always", "never", "auto")): raise ConfigError(unknown_name("cache", when, known))
+    return when == "always" or when == "auto" and size <= 20e9
 
 # %% ../nbs/00_core.ipynb #941f1318
 def progress(

@@ -147,6 +147,7 @@ class LightningDiT(nn.Module):
 # %% ../../nbs/31_dit.model.ipynb #62b1f18a
 dit_sizes = {"tiny": (6, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
              "1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)} # depth, width, heads
+dit_sizes |= {f"{k}-mini": (depth//2, width//4, heads//4) for k,(depth,width,heads) in dit_sizes.items() if k != "tiny"} # Ours: the same ladder at 32×32
 
 def create_dit(
     size:str="B",     # A key of `dit_sizes`

@@ -102,7 +102,8 @@ class TermsLog(Callback):
         path:str|Path|None=None, # A CSV to append to: stage, step, seconds, term, value
         stage:str="",            # First column
         every:int=25,            # Steps a row
-    ): self.path,self.stage,self.every,self.history = path and Path(path),stage,every,[]
+        first:int=0,             # Steps done before this fit, counted in the column
+    ): self.path,self.stage,self.every,self.first,self.history = path and Path(path),stage,every,first,[]
     def before_fit(self): self.sums,self.count,self.items,self.start,self.last = {},0,0,time.time(),time.time()
     def before_batch(self): self.learn.terms = {}
     def after_loss(self):
@@ -125,7 +126,7 @@ class TermsLog(Callback):
         with open(self.path, "a", newline="") as f:
             w = csv.writer(f)
             if new: w.writerow(("stage", "step", "seconds", "term", "value"))
-            w.writerows((self.stage, self.train_iter, f"{now-self.start:.1f}", k, f"{v:.6g}") for k,v in row.items())
+            w.writerows((self.stage, self.first+self.train_iter, f"{now-self.start:.1f}", k, f"{v:.6g}") for k,v in row.items())
     def after_cancel_fit(self): self.flush()
     def after_fit(self): self.flush()
 
