@@ -3,7 +3,8 @@ import os, warnings
 import numpy as np, pytest, torch
 from PIL import Image
 from vavae_nb.core import DataError
-from vavae_nb.data import Batches, Images, center_crop, embedded, folder, load_data
+from vavae_nb import data
+from vavae_nb.data import Batches, Images, LazyImages, center_crop, embedded, folder, lazy_folder, load_data
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
@@ -88,6 +89,42 @@ def test_a_changed_folder_is_read_again(tmp_path):
     Image.new("RGB", (40, 40), "red").save(root/"a"/"0.png")
     b, _ = quietly(folder, root, 16)
     assert a.fingerprint != b.fingerprint and (b.pixels[0] == [255, 0, 0]).all()
+
+def test_on_demand_gives_the_same_images(tmp_path):
+    root = fill(tmp_path/"d", n=6)
+    kept, lazy = folder(root, 16), lazy_folder(root, 16, workers=3)
+    i, flip = torch.tensor([7, 0, 3]), torch.tensor([True, False, True])
+    assert torch.equal(lazy.batch(i, flip), kept.batch(i, flip)) and torch.equal(lazy.batch(slice(2, 5)), kept.batch(slice(2, 5)))
+    assert (lazy.read(i.numpy())[0] == kept.pixels[i.numpy()]).all() and (lazy.labels == kept.labels).all() and (lazy.size, lazy.classes) == (kept.size, kept.classes)
+    some = lazy.subset([5, 9])
+    assert torch.equal(some.batch([1]), kept.batch([9])) and some.labels.tolist() == [0, 1] and some.fingerprint != lazy.fingerprint
+    assert lazy_folder(root, 16).fingerprint == lazy.fingerprint != lazy_folder(root, 8).fingerprint
+
+def test_on_demand_survives_corrupt_images(tmp_path):
+    root = fill(tmp_path/"d", n=3)
+    for f in ("a/2.png", "b/1.png"): (root/f).write_bytes(b"no")
+    lazy = lazy_folder(root, 16)
+    (pixels, whole), w = quietly(lazy.read, range(6))
+    assert whole.tolist() == [True, True, False, True, False, True] and len(pixels) == 4 and len(w) == 2 and "2.png" in "".join(w)
+    x, w = quietly(lazy.batch, [2, 4])                       # In their place the next of the same class, in a ring
+    assert torch.equal(x, lazy.batch([0, 5])) and w == [] and len(lazy.skipped) == 2
+
+def test_large_folders_are_read_on_demand(tmp_path, monkeypatch):
+    root = fill(tmp_path/"d")
+    kinds = lambda **kw: [type(o) for o in quietly(lambda: load_data(root, 16, **kw))[0]]
+    assert kinds() == kinds(cache="always") == [Images]*2 and kinds(cache="never") == [LazyImages]*2
+    monkeypatch.setattr(data, "class_files", lambda r: ([None]*30_000_000, None, None))
+    monkeypatch.setattr(data, "lazy_folder", lambda *a: "on demand")
+    assert data._open(root, 16) == "on demand"
+
+def test_batches_pass_on_an_error_of_the_thread_that_fetches():
+    def fetch(i, flip):
+        if 5 in i: raise DataError("the fifth")
+        return i,
+    seen = []
+    with pytest.raises(DataError, match="the fifth"):
+        for i, in Batches(8, fetch, 2, shuffle=False): seen += i.tolist()
+    assert seen == [0, 1, 2, 3]
 
 def test_batches_refuse_nothing_to_do():
     with pytest.raises(DataError, match="batches"): Batches(0, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import __version__
 from .core import CheckpointError, ConfigError, DataError, ShapeError, VavaeError, atomic_write, progress
 from .data import Batches, Images, to_batch
-from .tensors import ImageNoise, autocast, generator, has_bf16, load_tensors, save_tensors
+from .tensors import ImageNoise, autocast, generator, has_bf16, load_tensors, load_torch, save_tensors
 from .tokenizer.autoencoder import Autoencoder
 
 # %% ../nbs/20_latents.ipynb #097c0c9a
@@ -102,7 +102,7 @@ def extract_shards(
         for name,(a,b) in todo.items():
             tensors, which = _encode(tokenizer, images, a, b, seed, batch_size, precision, bar)
             if not all(o.isfinite().all() for o in tensors.values()): raise DataError(f"latents of images {a} to {b-1} are not finite; the tokenizer has diverged, train it again")
-            try: save_tensors(folder/name, tensors | {"labels": torch.as_tensor(images.labels)[which]}, about | dict(range=[a, b], skipped=b-a-len(which)))
+            try: save_tensors(folder/name, tensors | {"labels": torch.as_tensor(images.labels)[which]}, about | dict(range=[a, b], skipped=sorted({*range(a, b)}-{*which.tolist()})))
             except (OSError, SafetensorError) as e:
                 raise DataError(f"{folder/name} could not be written ({e}); the shards before it are whole: make room, and give the same command again to go on") from None
     tokenizer.train(training)
@@ -167,9 +167,7 @@ def load_latent_stats(
     path:str|Path, # A .pt file with `mean` and `std`
 )->tuple[Tensor,Tensor]: # Each (1, d, 1, 1) float32
     "Read statistics in the published form"
-    if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
-    try: got = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise CheckpointError(f"{path} cannot be read as latent statistics ({type(e).__name__}); write or download it again") from None # torch raises many kinds
+    got, _ = load_torch(path)
     found = [got.get(k) if isinstance(got, dict) else None for k in ("mean", "std")]
     if not all(isinstance(o, Tensor) and o.ndim == 4 and o.shape == (1, o.shape[1], 1, 1) for o in found) or found[0].shape != found[1].shape:
         raise CheckpointError(f"{path} does not hold latent statistics: `mean` and `std`, each of shape (1, d, 1, 1)")
@@ -232,13 +230,10 @@ class Latents:
     )->Tensor:                  # (b, d, h, w) float32, normalised
         "The latents at `indices`"
         i = torch.arange(len(self))[indices]
-        flip = torch.as_tensor(flip).expand(len(i))
-        shard, out = torch.searchsorted(self.starts, i, right=True)-1, torch.empty(len(i), *self.shape)
-        for s in shard.unique().tolist():
-            for key,mine in (("latents", ~flip), ("latents_flip", flip)):
-                at = (mine & (shard == s)).nonzero().flatten()
-                if len(at): out[at] = self.shards[s][key][i[at]-self.starts[s]].float()
-        return out.sub_(self.mean).div_(self.std)
+        shard, flip = torch.searchsorted(self.starts, i, right=True)-1, torch.as_tensor(flip).expand(len(i))
+        rows = zip(shard.tolist(), flip.tolist(), (i-self.starts[shard]).tolist())
+        z = torch.stack([self.shards[s]["latents_flip" if f else "latents"][r] for s,f,r in rows]) # Views until here: one copy
+        return z.float().sub_(self.mean).div_(self.std)
 
 # %% ../nbs/20_latents.ipynb #dc04bea9
 def missing_shards(

@@ -1,0 +1,122 @@
+"`python -m vavae_nb.extract`: processes, kills, corrupt images, where the statistics go"
+import os, random, signal, subprocess, sys, time
+import numpy as np, pytest, torch
+from PIL import Image
+from vavae_nb import data
+from vavae_nb.data import embedded
+from vavae_nb.extract import main
+from vavae_nb.latents import load_latents, open_shard, save_latent_stats, shard_files
+from vavae_nb.published import save_vavae
+from vavae_nb.tensors import load_tensors, test_tensor
+from vavae_nb.tokenizer.autoencoder import Autoencoder
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    "A folder of 90 images of three classes, and a tokenizer"
+    monkeypatch.chdir(tmp_path)
+    for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"): monkeypatch.delenv(k, raising=False)
+    images = embedded("test")
+    for i in range(90):
+        p = tmp_path/"pets"/"abc"[i//30]/f"{i:02d}.png"; p.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.pixels[i]).resize((40+i % 7, 36)).save(p)
+    torch.manual_seed(0)
+    Autoencoder(latent_dim=4, ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, norm_groups=4).save(tmp_path/"tok.safetensors", dict(steps=7))
+    return tmp_path
+
+COMMON = dict(tokenizer="tok.safetensors", data="pets", per_shard=10, device="cpu", precision="fp32")
+def extract(**kw):
+    kw = COMMON | kw
+    main(**kw, out=kw.pop("out", "z"))
+
+def start(*args, env=None, **kw):
+    options = [o for k,v in (COMMON | kw).items() for o in (f"--{k.replace('_', '-')}", str(v))]
+    return subprocess.Popen([sys.executable, "-m", "vavae_nb.extract", *options, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+
+def refused(capsys, **kw):
+    with pytest.raises(SystemExit) as e: extract(**kw)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "\nerror: " in err
+    return err
+
+def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
+
+def test_shards_of_a_folder_with_a_corrupt_image(work, capsys):
+    (work/"pets"/"a"/"03.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match="03.png could not be decoded"): extract()
+    said = capsys.readouterr().out
+    assert "1 images could not be decoded" in said and "89 of 89" not in said
+    sizes = [len(open_shard(p)[0]["labels"]) for p in shard_files(work/"z")]
+    assert sizes == [9]+[10]*8 and open_shard(shard_files(work/"z")[0])[1]["skipped"] == [3]
+    tok = Autoencoder.load(work/"tok.safetensors")
+    assert load_tensors(work/"tok.safetensors")[1]["meta"] == {"steps": 7} and tok.latent_how["n"] == 89
+    latents = load_latents(work/"z", tok)
+    assert np.bincount(latents.labels).tolist() == [29, 30, 30]
+    lazy = data.lazy_folder(work/"pets", 32) # Aligned: the image at 4 is the latent at 3
+    with torch.no_grad(): p = tok.eval().posterior(lazy.batch([4, 89]))
+    u = (tok.denormalise(latents.batch([3, 88]))-p.mean)/p.std
+    assert u.abs().max() < 5 and .8 < u.std() < 1.2
+
+def test_each_image_is_decoded_once_for_both_flips(work, monkeypatch):
+    crop, seen = data.center_crop, []
+    monkeypatch.setattr(data, "center_crop", lambda im, size: seen.append(im.filename) or crop(im, size))
+    extract()
+    assert len(seen) == len(set(seen)) == 90
+
+def test_statistics_are_kept_unless_asked_for(work, capsys):
+    extract(stats_n=20, seed=5)
+    first = Autoencoder.load("tok.safetensors")
+    assert first.latent_how["n"] == 20 and first.latent_how["seed"] == 5
+    before = (work/"tok.safetensors").read_bytes()
+    extract(out="again", seed=5); extract(out="again", seed=5, stats_only=True)
+    assert (work/"tok.safetensors").read_bytes() == before and (work/"again/latents_stats.pt").read_bytes() == (work/"z/latents_stats.pt").read_bytes()
+    load_latents(work/"again", first)
+    extract(out="again", seed=5, stats_n=0, stats_only=True, new_stats=True)
+    assert Autoencoder.load("tok.safetensors").latent_how["n"] == 90
+
+def test_a_published_checkpoint_gets_a_tokenizer_file_beside_the_shards(work):
+    tok = Autoencoder.load("tok.safetensors")
+    save_vavae(tok, "vavae.pt")
+    kw = dict(tokenizer="vavae.pt", size=32)
+    extract(**kw)
+    beside = Autoencoder.load("z/tokenizer.safetensors")
+    assert beside.latent_how["n"] == 90 and all(torch.equal(a, b) for a,b in zip(beside.state_dict().values(), tok.state_dict().values()))
+    load_latents(work/"z", beside)
+    save_latent_stats("given.pt", torch.full((1, 4, 1, 1), .5), torch.full((1, 4, 1, 1), 2.))
+    extract(**kw, out="y", latent_stats="given.pt")
+    assert Autoencoder.load("y/tokenizer.safetensors").latent_std.flatten().tolist() == [2.]*4
+
+def test_two_processes_at_once(work):
+    extract(out="one")
+    both = [start("--out", "two", env=dict(RANK=str(r), WORLD_SIZE="2")) for r in (0, 1)]
+    said = [p.communicate() for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert [p.name for p in shard_files("two")] == [f"latents_rank{r:02d}_shard{s:03d}.safetensors" for r in (0, 1) for s in range(5)]
+    one, two = (load_latents(work/d, Autoencoder.load("tok.safetensors")) for d in ("one", "two"))
+    for flip in (False, True): test_tensor(two.batch(slice(None), flip), one.batch(slice(None), flip))
+    assert torch.equal(one.labels, two.labels) and "statistics in two" in "".join(out for out,_ in said)
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_continued_gives_the_same_bytes(work, kills):
+    extract(out="unbroken", per_shard=2, batch_size=2)
+    chance, struck = random.Random(0), 0
+    for k in range(kills):
+        p, n, until = start("--out", "z", per_shard=2, batch_size=2), len(shard_files("z")), time.time()+120
+        while p.poll() is None and len(shard_files("z")) == n and time.time() < until: time.sleep(.001)
+        time.sleep(chance.random()*.02)
+        struck += p.poll() is None and len(shard_files("z")) < 45
+        p.send_signal(signal.SIGKILL); p.wait(); p.communicate()
+    assert struck # At least one in the middle of it
+    p = start("--out", "z", per_shard=2, batch_size=2)
+    assert p.wait() == 0, p.communicate()
+    assert contents(work/"z") == contents(work/"unbroken") and not list((work/"z").glob(".*"))
+
+def test_bad_input(work, capsys):
+    extract()
+    for kw,message in ((dict(seed=1), "seed is 0 there and 1 now"), (dict(tokenizer="none.pt"), "none.pt"), (dict(data="nowhere"), "no folder at nowhere"),
+                       (dict(rank=2, world_size=2), "ranks are 0 to 1"), (dict(device="cuda:9"), "CUDA devices"), (dict(data="embedded", size=64), "--size 64"),
+                       (dict(size=33), "multiples of 4"), (dict(precision="fp8"), "fp8"), (dict(per_shard=0), "at least 1"), (dict(stats_only=True, out="empty"), "no shards")):
+        assert message in refused(capsys, **kw)
+
+def test_the_module_needs_no_torch():
+    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.extract; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules])"], capture_output=True, text=True)
+    assert r.stdout.strip() == "[]", r.stdout+r.stderr
