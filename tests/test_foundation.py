@@ -3,11 +3,11 @@ import json, numpy as np, pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 from vavae_nb import pretrained
-from vavae_nb.core import ConfigError, DataError
+from vavae_nb.core import ConfigError, DataError, WeightsError
 from vavae_nb.pretrained import packaged_file, timm_network
 from vavae_nb.tensors import generator, rel_err, test_tensor
 from vavae_nb.tokenizer import foundation
-from vavae_nb.tokenizer.foundation import FoundationModel, cached_features, fast_precision
+from vavae_nb.tokenizer.foundation import FoundationModel, cached_features, fast_precision, foundation_cost, paper_vfms
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
@@ -29,6 +29,67 @@ def test_families_give_the_grid(name, grid, size):
     vfm = FoundationModel(name, grid, weights="random")
     y = vfm(torch.zeros(2, 3, 40, 40))
     assert (vfm.image_size, tuple(y.shape)) == (size, (2, vfm.channels, grid, grid)) and not any(p.requires_grad for p in vfm.parameters())
+    half = vfm.to(torch.bfloat16)(torch.zeros(2, 3, 40, 40))
+    assert half.dtype == torch.bfloat16 and rel_err(half, y) < .1
+
+# Blocks, width, prefix tokens, patch, channels of the features
+full = dict(dinov2=(24, 1024, 1, 14, 1024), mae=(24, 1024, 1, 16, 1024), sam=(24, 1024, 0, 16, 256), clip=(24, 1024, 1, 14, 1024))
+
+@pytest.mark.parametrize("name", full)
+def test_the_papers_models_at_full_architecture(name): # On the meta device: every shape, no numbers
+    depth, width, prefix, patch, channels = full[name]
+    with torch.device("meta"): vfm = FoundationModel(name, 16, weights="random")
+    net, x = vfm.net, torch.zeros(1, 3, 256, 256, device="meta")
+    assert (vfm.name, len(net.blocks), net.patch_embed.proj.weight.shape) == (paper_vfms[name], depth, (width, 3, patch, patch))
+    assert (vfm.image_size, vfm.channels, vfm.layer, getattr(net, "num_prefix_tokens", 0)) == (16*patch, channels, depth-1, prefix)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = vfm.to(dtype)(x)
+        assert (y.shape, y.dtype, y.requires_grad) == ((1, channels, 16, 16), dtype, False)
+    assert 303e6 < sum(p.numel() for p in net.parameters()) < 309e6
+
+@pytest.mark.parametrize("name,grid", [("dinov2", 8), ("mae", 32), ("sam", 8), ("sam", 32), ("clip", 32)])
+def test_any_latent_grid_at_full_architecture(name, grid):
+    c, (depth, width, prefix, patch, channels) = foundation_cost(name, grid), full[name]
+    assert (c["image_size"], c["channels"]) == (grid*patch, channels)
+    n = grid**2+prefix
+    if name != "sam": assert c["flops"] == 2*depth*(12*n*width**2+2*n**2*width)+2*grid**2*3*patch**2*width
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", full)
+def test_the_papers_models_with_numbers(name): # 1.2 GB each, one at a time
+    vfm = FoundationModel(name, 16, weights="random")
+    x = torch.rand(2, 3, 256, 256, generator=generator(0, "x"))*2-1
+    y = vfm(x)
+    assert y.shape == (2, full[name][4], 16, 16) and y.isfinite().all() and y.std() > .1
+    half = vfm.to(torch.bfloat16)(x[:1])
+    assert half.dtype == torch.bfloat16 and 0 < (half.float()-y[:1]).norm() < .03*y[:1].norm()
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", paper_vfms)
+def test_real_weights_from_the_hub(name, request, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    if hub.constants.HF_HUB_OFFLINE: pytest.skip(f"{name}: HF_HUB_OFFLINE is set")
+    try: pretrained._reachable(hub.constants.ENDPOINT)
+    except WeightsError as e: pytest.skip(f"{name}: no network ({e})")
+    if "network" not in request.config.getoption("-m"): pytest.skip(f"{name}: downloads 1.2 GB; run pytest -m network")
+    vfm = FoundationModel(name, 16)
+    x = torch.rand(1, 3, 256, 256, generator=generator(0, "x"))*2-1
+    y, none = vfm(x), FoundationModel(name, 16, normalize="none")
+    assert y.shape == (1, full[name][4], 16, 16) and y.isfinite().all() and "hub" in vfm.provenance and none.weights_sha256 == vfm.weights_sha256
+    assert rel_err(none(x), y) > 1e-2
+    del none
+    assert rel_err(FoundationModel(name, 16, weights="random")(x), y) > .1
+
+def test_names_of_the_papers_models():
+    with pytest.raises(ConfigError, match="unknown timm model 'dino'; the paper's models are dinov2, mae, sam, clip"): FoundationModel("dino")
+    with pytest.raises(ConfigError, match="did you mean 'vit_small_patch14_dinov2'"): FoundationModel("vit_smal_patch14_dinov2")
+    with pytest.raises(WeightsError, match="there is no file"): FoundationModel("dinov2", 16, weights="nowhere.safetensors")
+
+def test_sam_is_what_timm_computes(): # No prefix, a neck, positions resampled at each call
+    vfm = FoundationModel("samvit_base_patch16", 8, weights="random")
+    vfm.net.pos_embed.normal_(generator=generator(0, "positions")) # Drawn as zeros, which would not show where they are
+    x = torch.rand(1, 3, 128, 128, generator=generator(0, "x"))*2-1
+    test_tensor(vfm(x), vfm.net.forward_features((x-vfm.mean)/vfm.std), rtol=1e-5)
 
 def test_a_transformer_is_what_timm_computes_at_that_size(tmp_path): # Position embeddings resampled once, or by timm in every step
     drawn, _ = timm_network("test_vit", "random")
