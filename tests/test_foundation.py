@@ -173,6 +173,30 @@ def test_auto_takes_bf16_only_where_it_is_exact_enough(monkeypatch):
     monkeypatch.setattr(foundation, "has_bf16", lambda device: False)
     assert fast_precision(vfm, x, tol=1.) == "fp32"
 
+def test_a_learner_computes_features_in_its_steps(monkeypatch): # Of the flipped images, in their own precision, never in vain
+    from vavae_nb import tensors
+    from vavae_nb.config import TokenizerTraining, VF
+    from vavae_nb.data import Batches, embedded
+    from vavae_nb.tokenizer.autoencoder import Autoencoder
+    from vavae_nb.training.tokenizer import fit_steps, tokenizer_learner
+    seen, images = [], embedded("train").subset(range(16))
+    class Seen(FoundationModel):
+        def forward(self, x): seen.append((x, torch.is_autocast_enabled("cpu"))); return super().forward(x)
+    vfm = Seen("test_resnet", weights="random")
+    def run(weight=.1, precision="auto"):
+        tok = Autoencoder(latent_dim=4, ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=32, norm_groups=4)
+        learn = tokenizer_learner(tok, images, vfm, valid=images, vf=VF(weight=weight), precision=precision,
+                                  training=TokenizerTraining(steps=2, batch_size=8, lpips_weight=0., disc_weight=0.))
+        seen.clear(); fit_steps(learn, 2)
+        return learn
+    monkeypatch.setattr(tensors, "has_bf16", lambda device: True) # The training's autocast is on, the features' is not
+    monkeypatch.setattr(foundation, "has_bf16", lambda device: False)
+    learn = run()
+    assert [on for _,on in seen] == [False, False] and "vf_cos" in learn.loss_func.terms
+    for (x,_),(expected,) in zip(seen, Batches(16, lambda i, flip: (images.batch(i, flip),), 8, seed=0)): torch.testing.assert_close(x, expected)
+    run(precision="bf16"); assert [on for _,on in seen] == [True, True]
+    run(weight=0.); assert not seen
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_gives_the_cpus_features():
     vfm, images = FoundationModel(), Noise()
