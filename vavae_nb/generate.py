@@ -121,15 +121,17 @@ def save_grid(
     "Rows of images with their names"
     rows = [np.asarray(r) for r in rows]
     n, h, w = max(len(r) for r in rows), *rows[0].shape[1:3]
-    scale, beside = max(1, 64//h), 30+8*max(len(line) for name in names for line in name.split("\n")) # Pixels, about, of the names
-    fig, axs = plt.subplots(len(rows), 1, figsize=((n*w*scale+beside)/100, (len(rows)*(h*scale+6)+40)/100), dpi=100, squeeze=False, layout="constrained")
+    scale, beside, above = max(1, 64//h), 16+8*max(len(line) for name in names for line in name.split("\n")), 30 if title else 4 # Pixels, as the figure
+    W, H = beside+n*w*scale+4, above+len(rows)*(h*scale+6)
+    fig, axs = plt.subplots(len(rows), 1, figsize=(W/100, H/100), dpi=100, squeeze=False)
+    fig.subplots_adjust(left=beside/W, right=1-4/W, top=1-above/H, bottom=6/H, hspace=6/(h*scale))
     for ax,row,name in zip(axs[:, 0], rows, names):
         strip = np.full((h, n*w, 3), 255, np.uint8)
         for i,im in enumerate(row): strip[:, i*w:(i+1)*w] = im
         ax.imshow(strip, interpolation="nearest"); ax.set_xticks([]); ax.set_yticks([])
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         for s in ax.spines.values(): s.set_visible(False)
-    if title: fig.suptitle(title, fontsize=10)
+    if title: fig.suptitle(title, fontsize=10, y=1-6/H, va="top")
     with atomic_write(path) as tmp: fig.savefig(tmp)
     plt.close(fig)
 
