@@ -40,7 +40,7 @@ def test_flips_and_images_have_noise_of_their_own(made):
     corr = torch.corrcoef(u.flatten(0, 1)).fill_diagonal_(0)
     assert corr.abs().max() < .35 and abs(u.std()-1) < .01 # 256 numbers each: 5 sigma are 0.31
 
-@pytest.mark.parametrize("n", [0, 13])
+@pytest.mark.parametrize("n", [0, 13, 2])
 def test_statistics_are_numpys(tmp_path, n):
     g, parts = torch.Generator().manual_seed(1), []
     for s,k in enumerate((5, 1, 14)): # Uneven shards, a mean far from 0
@@ -111,6 +111,8 @@ def test_what_does_not_belong_together_is_refused(made):
     tok, folder = made
     with pytest.raises(CheckpointError, match="encode the images again"): load_latents(folder, tokenizer(1))
     with pytest.raises(DataError, match="no shards"): load_latents(folder.parent, tok)
+    for give in (record_statistics, describe_folder):
+        with pytest.raises(CheckpointError, match="encode the images again"): give(tokenizer(1), folder)
     bare = tokenizer() # The same weights without statistics
     with pytest.raises(CheckpointError, match="no latent statistics"): load_latents(folder, bare)
     bare.set_latent_stats(tok.latent_mean*1.5, tok.latent_std*1.5, {})

@@ -69,7 +69,7 @@ def to_batch(
     flip:bool|Tensor=False, # Mirror all, or those of a (b,) mask, left to right
 )->Tensor:                  # (b, 3, H, W) float32 in [−1, 1]
     "What a network takes from what is stored"
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    x = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     if isinstance(flip, Tensor): return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
     return x.flip(-1) if flip else x
 

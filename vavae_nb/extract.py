@@ -53,7 +53,7 @@ def _record(tok, given, out, n, seed, new_stats, keep_file):
     if not (ours and had and keep_file): tok.save(own if ours else out/"tokenizer.safetensors", load_tensors(own)[1].get("meta") if ours else dict(source=given.name))
 
 def _extract(tokenizer, data, out, size, batch_size, per_shard, stats_n, latent_stats, new_stats, stats_only, seed, rank, world_size, workers, device, precision):
-    from vavae_nb.latents import extract_shards, missing_shards, open_shard, shard_files # Here, so that --help needs no torch
+    from vavae_nb.latents import extract_shards, missing_shards, open_shard # Here, so that --help needs no torch
     from vavae_nb.published import load_tokenizer
     from vavae_nb.tensors import pick_device
     device, given = pick_device(device), Path(tokenizer)
@@ -64,7 +64,7 @@ def _extract(tokenizer, data, out, size, batch_size, per_shard, stats_n, latent_
         made = extract_shards(tok, images, out, seed=seed, batch_size=batch_size, per_shard=per_shard, rank=rank, world_size=world_size, precision=precision)
         lost = sum(len(open_shard(p)[1]["skipped"]) for p in made)
         print(f"{len(made)} shards of this process are in {out}" + (f"; {lost} images could not be decoded and are left out" if lost else ""))
-    if missing := missing_shards({p.name: open_shard(p)[1] for p in shard_files(out)}):
+    if missing := missing_shards(out):
         return print(f"{len(missing)} shards of other processes are not there yet; the process that ends last takes the statistics (or --stats-only later)")
     _record(tok, given, out, stats_n, seed, new_stats, latent_stats is None)
 

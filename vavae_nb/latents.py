@@ -87,6 +87,7 @@ def extract_shards(
     "Write a posterior sample of each image and of its mirror image; whole shards of an interrupted call are kept"
     if not 0 <= rank < world_size: raise ConfigError(f"rank {rank} of {world_size} processes; ranks are 0 to {world_size-1}")
     folder, device, training = Path(folder), tokenizer.encoder_last.device, tokenizer.training
+    autocast(device, precision) # Refuses an unknown name
     bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
     about = dict(tokenizer=tokenizer.fingerprint(), data=images.name, data_fingerprint=images.fingerprint, classes=list(images.classes), n=len(images), seed=seed,
                  per_shard=per_shard, world_size=world_size, precision="bf16" if bf16 else "fp32")
@@ -98,7 +99,7 @@ def extract_shards(
     _check_room(folder, sum(b-a for a,b in todo.values())*2*4*tokenizer.latent_dim*size**2)
     tokenizer.eval()
     with progress(desc="encoding" if world_size == 1 else f"encoding, process {rank} of {world_size}", total=sum(b-a for a,b in mine.values()), unit="image") as bar:
-        bar.update(bar.total-sum(b-a for a,b in todo.values()))
+        bar.n = bar.initial = bar.total-sum(b-a for a,b in todo.values()) # What was there does not count for the estimate
         for name,(a,b) in todo.items():
             tensors, which = _encode(tokenizer, images, a, b, seed, batch_size, precision, bar)
             if not all(o.isfinite().all() for o in tensors.values()): raise DataError(f"latents of images {a} to {b-1} are not finite; the tokenizer has diverged, train it again")
@@ -139,12 +140,13 @@ def latent_statistics(
     "Statistics of the unflipped latents of a folder, in one pass over the shards"
     opened = [open_shard(p) for p in shard_files(folder)]
     total = sum(len(t["labels"]) for t,_ in opened)
-    if not total: raise DataError(f"{folder} holds no latents to take statistics from")
+    if not total: raise DataError(f"{folder} holds no latents to take statistics from; extract some first")
     pick = torch.randperm(total, generator=generator(seed, "stats"))[:n].sort().values if 0 < n < total else torch.arange(total)
     count, mean, m2, start = 0, 0., 0., 0
     for t,_ in opened:
         z, stop = t["latents"], start+len(t["latents"])
         for rows in (pick[(pick >= start) & (pick < stop)]-start).split(1024):
+            if not len(rows): continue
             o = z[rows].double().transpose(0, 1).flatten(1) # (d, b·h·w)
             k, delta = o.shape[1], o.mean(1)-mean
             m2 = m2 + o.var(1, correction=0)*k + delta.square()*count*k/(count+k)
@@ -173,6 +175,11 @@ def load_latent_stats(
         raise CheckpointError(f"{path} does not hold latent statistics: `mean` and `std`, each of shape (1, d, 1, 1)")
     return found[0].float(), found[1].float()
 
+def _check_maker(own, path, meta):
+    if meta.get("tokenizer", own) != own:
+        raise CheckpointError(f"{path} was encoded by tokenizer {meta['tokenizer']}, but the one given is {own}: "
+                              "its decoder does not know these latents; encode the images again with it")
+
 def record_statistics(
     tokenizer:Autoencoder, # Receives the statistics
     folder:str|Path,       # Shards that it made; receives `latents_stats.pt` and `latents.json`
@@ -180,7 +187,9 @@ def record_statistics(
     seed:int=0,            # Of the choice
 ):
     "Take the statistics of a folder, into the folder and into the tokenizer"
-    folder, (mean, std, how) = Path(folder), latent_statistics(folder, n, seed)
+    own = tokenizer.fingerprint()
+    for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
+    mean, std, how = latent_statistics(folder, n, seed)
     tokenizer.set_latent_stats(mean, std, how)
     describe_folder(tokenizer, folder)
 
@@ -189,9 +198,10 @@ def describe_folder(
     folder:str|Path,       # Shards that it made
 ):
     "Write the tokenizer's statistics, and how they were taken, beside the shards"
-    folder = Path(folder)
+    folder, own = Path(folder), tokenizer.fingerprint()
+    for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
     save_latent_stats(folder/"latents_stats.pt", tokenizer.latent_mean, tokenizer.latent_std)
-    about = dict(tokenizer=tokenizer.fingerprint(), statistics=tokenizer.latent_how, shape=list(open_shard(shard_files(folder)[0])[0]["latents"].shape[1:]),
+    about = dict(tokenizer=own, statistics=tokenizer.latent_how, shape=list(open_shard(shard_files(folder)[0])[0]["latents"].shape[1:]),
                  shards=len(shard_files(folder)), versions=dict(vavae_nb=__version__, torch=torch.__version__, python=platform.python_version()))
     with atomic_write(folder/"latents.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
 
@@ -235,11 +245,16 @@ class Latents:
         z = torch.stack([self.shards[s]["latents_flip" if f else "latents"][r] for s,f,r in rows]) # Views until here: one copy
         return z.float().sub_(self.mean).div_(self.std)
 
-# %% ../nbs/20_latents.ipynb #dc04bea9
+# %% ../nbs/20_latents.ipynb #7aad91a4
+def _no_shards(folder): return DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); make them with python -m vavae_nb.extract")
+
 def missing_shards(
-    metas:dict[str,dict], # File name → what the shard says of itself
-)->list[str]:             # Names of shards that are not there
+    folder:str|Path, # Shards of one extraction
+)->list[str]:        # Names of those that are not there; of published shards that cannot be known
     "What is missing of an extraction; shards of two extractions in one folder are refused"
+    metas = {p.name: open_shard(p)[1] for p in shard_files(folder)}
+    if not metas: raise _no_shards(folder)
+    if any("tokenizer" not in m for m in metas.values()): return []
     (first, one), *others = metas.items()
     for name,meta in others:
         if other := [f"{k} is {one.get(k)} in {first} and {meta.get(k)} in {name}" for k in one.keys()-{"range", "skipped", "classes"} if meta.get(k) != one[k]]:
@@ -253,22 +268,20 @@ def load_latents(
     "Open a folder of shards; latents or statistics of another tokenizer are refused"
     folder, own = Path(folder), tokenizer.fingerprint()
     opened = {p.name: open_shard(p) for p in shard_files(folder)}
-    if not opened: raise DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); make them with python -m vavae_nb.extract")
+    if not opened: raise _no_shards(folder)
     shape = next(iter(opened.values()))[0]["latents"].shape[1:]
     for name,(t,meta) in opened.items():
         if t["latents"].shape[1] != tokenizer.latent_dim:
             raise DataError(f"{folder/name} holds latents of {t['latents'].shape[1]} channels, but the tokenizer has {tokenizer.latent_dim}; they are of another tokenizer")
         if t["latents"].shape[1:] != shape: raise DataError(f"{folder/name} holds latents {tuple(t['latents'].shape[1:])}, but the shards before it {tuple(shape)}")
-        if meta.get("tokenizer", own) != own:
-            raise CheckpointError(f"{folder/name} was encoded by tokenizer {meta['tokenizer']}, but the one given is {own}: "
-                                  "its decoder does not know these latents; encode the images again with it")
+        _check_maker(own, folder/name, meta)
         y, k = t["labels"], len(meta["classes"]) if "tokenizer" in meta else None
         if len(y) and (y.min() < 0 or k and y.max() >= k): raise DataError(f"{folder/name} holds labels from {y.min()} to {y.max()}" + (f", but names {k} classes" if k else "; they start at 0"))
     metas = {k: m for k,(_,m) in opened.items()}
     if silent := [k for k,m in metas.items() if "tokenizer" not in m]:
         warnings.warn(f"{len(silent)} of {len(metas)} shards in {folder} do not say what they were made from (the published ones do not): whether the tokenizer given, {own}, "
                       "encoded them, and whether all are here, could not be checked")
-    elif lost := missing_shards(metas):
+    elif lost := missing_shards(folder):
         raise DataError(f"{folder} lacks {len(lost)} of {len(lost)+len(metas)} shards ({', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}); run the extraction to its end")
     _same_statistics(tokenizer, folder/"latents_stats.pt")
     stats = (o.cpu() for o in (tokenizer.latent_mean, tokenizer.latent_std))
