@@ -107,6 +107,7 @@ class FoundationModel(nn.Module):
     def key(self)->str: # Everything that determines the output, as JSON
         return json.dumps(dict(model=self.net.pretrained_cfg["architecture"], weights=self.weights_sha256, layer=self.layer, image_size=self.image_size,
                                resize="bicubic, antialias", mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), dtype=str(self.dtype)))
+    def feature_bytes(self, n:int)->int: return 2*2*n*self.channels*self.grid**2 # Of n images and their mirror images, in float16
     def train(self, mode:bool=True): return super().train(False)
     def extra_repr(self): return f"{self.provenance}; layer {self.layer} at {self.image_size} px: {self.channels} × {self.grid} × {self.grid}"
 
