@@ -101,14 +101,14 @@ def test_bad_arguments(args, message, tmp_path):
     (dict(data="."), "no class folders"),
     (dict(device="cuda:7"), "CUDA devices"),
     (dict(vf="resnet_of_dreams"), "resnet_of_dreams"),
-    (dict(settings=("tokenizer.ch=21",)), "norm_groups"),
-    (dict(settings=("tokenizer.start=warm",)), "tokenizer.start"),
-    (dict(settings=("dit.hidden_size=130",)), "hidden_size 130"),
-    (dict(settings=("dit.size=gigantic",)), "gigantic"),
-    (dict(settings=("dit_training.path=linaer",)), "did you mean 'linear'"),
-    (dict(settings=("sampling.solver=eulre",)), "did you mean 'euler'"),
-    (dict(settings=("dit_training.schedule=step",)), "dit_training.schedule"),
-    (dict(settings=("evaluation.extractors=alexnett",)), "did you mean 'alexnet'"),
+    (dict(settings={"tokenizer.ch": "21"}), "norm_groups"),
+    (dict(settings={"tokenizer.start": "warm"}), "tokenizer.start"),
+    (dict(settings={"dit.hidden_size": "130"}), "hidden_size 130"),
+    (dict(settings={"dit.size": "gigantic"}), "gigantic"),
+    (dict(settings={"dit_training.path": "linaer"}), "did you mean 'linear'"),
+    (dict(settings={"sampling.solver": "eulre"}), "did you mean 'euler'"),
+    (dict(settings={"dit_training.schedule": "step"}), "dit_training.schedule"),
+    (dict(settings={"evaluation.extractors": "alexnett"}), "did you mean 'alexnet'"),
 ])
 def test_what_does_not_fit_is_refused_before_training(settings, message, tmp_path, monkeypatch):
     from vavae_nb.train import configuration

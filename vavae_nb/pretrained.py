@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['remembered_sha256', 'packaged_file', 'ArrayUnpickler', 'read_arrays', 'weights_sha256', 'lpips_tensors',
-           'timm_network']
+           'timm_network', 'hub_folder']
 
 # %% ../nbs/03_pretrained.ipynb #dd37a053
 import hashlib, importlib.metadata, pickle, urllib.error, urllib.request
@@ -200,3 +200,21 @@ def _load(name, model, build, weights, cfg, pack, lenient):
         left = [k for (k,a),(_,b) in zip(net.named_parameters(), build(seed).named_parameters()) if a.ndim > 1 and a.any() and torch.equal(a, b)]
         if left: raise WeightsError(f"{_tilde(path)} does not fit {model}: it lacks {len(left)} tensors, such as {', '.join(left[:5])}")
     return net, sha, where
+
+# %% ../nbs/03_pretrained.ipynb #4095694d
+def hub_folder(
+    repo:str,        # A repository on the hub, such as `stabilityai/sd-vae-ft-ema`
+    *files:str,      # What is needed of it
+)->Path:             # A folder that holds them
+    "Files of a hub repository, from the cache or downloaded"
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+    found = [hub.try_to_load_from_cache(repo, f) for f in files]
+    if all(isinstance(p, str) for p in found): return Path(found[0]).parent
+    fix = f"Run where there is a network:\n  hf download {repo} {' '.join(files)}\nor give a folder that holds them in its place"
+    try:
+        if hub.constants.HF_HUB_OFFLINE: raise WeightsError("the hub was not asked, since HF_HUB_OFFLINE is set")
+        _reachable(hub.constants.ENDPOINT)
+        return Path([hub.hf_hub_download(repo, f) for f in files][0]).parent
+    except (WeightsError, errors.HfHubHTTPError, OSError) as e:
+        raise WeightsError(f"{' and '.join(files)} of {repo} cannot be had: not in {_tilde(hub.constants.HF_HUB_CACHE)}, and {str(e).strip().splitlines()[0]}. {fix}") from None

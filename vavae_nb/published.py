@@ -15,6 +15,7 @@ from .core import CheckpointError, ConfigError, atomic_write, sha256_file
 from .dit.blocks import swiglu_hidden
 from .dit.model import LightningDiT, dit_sizes
 from .latents import load_latent_stats
+from .pretrained import hub_folder
 from .tensors import load_into, load_tensors, load_torch
 from .tokenizer.autoencoder import Autoencoder
 
@@ -265,11 +266,13 @@ def to_diffusers(
 _torch_files = (".pt", ".pth", ".ckpt", ".bin")
 
 def load_tokenizer(
-    path:str|Path,                   # A run folder, our `.safetensors`, a published `.pt` or `.ckpt`, or a folder of diffusers
+    path:str|Path,                   # A run folder, our `.safetensors`, a published `.pt` or `.ckpt`, a folder of diffusers, or its name on the hub
     latent_stats:str|Path|None=None, # A `latents_stats.pt`; a published checkpoint brings no statistics of its own
 )->Autoencoder:                      # On the CPU
     "A tokenizer from whichever file holds it"
-    path = Path(path)
+    name, path = str(path), Path(path).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (*_torch_files, ".safetensors") and not path.parent.exists():
+        path = hub_folder(name, "config.json", "diffusion_pytorch_model.safetensors")
     if not path.exists(): raise CheckpointError(f"no file or folder at {path}")
     if path.suffix in _torch_files and path.is_file(): return load_vavae(path, latent_stats)
     if (own := path/"tokenizer.safetensors").is_file(): path = own

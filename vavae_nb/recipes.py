@@ -98,14 +98,14 @@ def _lightningdit():
             out[f"lightningdit-{size.lower()}-{epochs}ep"] = Recipe(f"released three-stage VA-VAE; LightningDiT-{size}, {epochs} epochs", override(_vavae, change), where, expect)
     return out
 
-# %% ../nbs/05_recipes.ipynb #ebd7ba41
+# %% ../nbs/05_recipes.ipynb #73060eaf
 _dit_xl2 = override(_imagenet, {
     "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 4, 4), "tokenizer.attn_resolutions": (), "tokenizer.normalize": "0.18215",
     "tokenizer.weights": "stabilityai/sd-vae-ft-ema", "tokenizer_training.steps": 0, "foundation.name": "none",
     "dit.size": "XL", "dit.patch_size": 2, "dit.swiglu": False, "dit.rmsnorm": False, "dit.rope": False, "dit.learn_sigma": True,
     "dit_training.path": "ddpm", "dit_training.times": "uniform", "dit_training.direction_weight": 0., "dit_training.steps": 400_000,
     "dit_training.batch_size": 256, "dit_training.lr": 1e-4, "dit_training.betas": (.9, .999),
-    "sampling.n": 50_000, "sampling.solver": "ddpm", "sampling.cfg_channels": 3})
+    "sampling.n": 50_000, "sampling.solver": "ddpm", "sampling.cfg_interval": (0., 1.), "sampling.cfg_channels": 3})
 
 _table1 = [("01-dit", "the original DiT-XL/2: DDPM with learned sigma, 400k steps of 256", {}, 19.50),
            ("02-rectified-flow", "+ rectified flow", {"dit_training.path": "linear", "dit.learn_sigma": False, "sampling.solver": "euler"}, 17.20),

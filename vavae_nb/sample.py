@@ -6,19 +6,19 @@
 __all__ = ['configuration', 'checkpoints', 'main']
 
 # %% ../nbs/62_sample.ipynb #d27f8f06
-import re, sys
+import sys
 from pathlib import Path
 from typing import Any
 from fastcore.script import Param, call_parse
 from .config import Config, load_config, override, sampling_presets
-from .core import CheckpointError, ConfigError, VavaeError, unknown_name
-from .extract import dashes, process
+from .commands import dashes, process, given_settings, user_errors
+from .core import CheckpointError, ConfigError, unknown_name
 
 # %% ../nbs/62_sample.ipynb #a452668a
 def configuration(
     run:str|Path|None=None,  # A run folder
     preset:str|None=None,    # A name in `config.sampling_presets`
-    settings:list[str]=(),   # `path=value` strings
+    settings:dict[str,str]|None=None, # Path → value, of `--set`
     options:dict[str,Any]|None=None, # Setting → value; `None` is not given
 )->Config:
     "What a command line asks for"
@@ -29,10 +29,7 @@ def configuration(
     if preset is not None:
         if preset not in sampling_presets: raise ConfigError(unknown_name("preset", preset, sampling_presets))
         cfg = override(cfg, sampling_presets[preset])
-    for s in settings:
-        if "=" not in s: raise ConfigError(f"--set takes path=value, such as sampling.points=50; got '{s}'")
-    cfg = override(cfg, {k.strip(): v.strip() for k,_,v in (s.partition("=") for s in settings)})
-    return override(cfg, {k: v for k,v in (options or {}).items() if v is not None})
+    return override(cfg, (settings or {}) | {k: v for k,v in (options or {}).items() if v is not None})
 
 # %% ../nbs/62_sample.ipynb #390ca759
 def checkpoints(
@@ -70,17 +67,8 @@ def _sample(cfg, dit, tokenizer, weights, latent_stats, classes, batch_size, chu
     return samples, finish(samples, wanted, files=dict(dit=str(dit), tokenizer=str(tokenizer)), notes=notes, command=sys.argv[1:])
 
 # %% ../nbs/62_sample.ipynb #3ed1bcf8
-def _short(func): # What `call_parse` makes a command of
-    if func.__module__ == "__main__": sys.argv[1:] = [re.sub("^-n(?=$|=)", "--n", a) for a in sys.argv[1:]]
-    return func
-
-def _fail(e):
-    print(f"\nerror: {e}", file=sys.stderr)
-    return 2
-
 @call_parse
 @dashes
-@_short
 def main(
     run:str=None, # Run folder of vavae_nb.train, with its LightningDiT, tokenizer and settings
     dit:str=None, # LightningDiT instead of the run's: a .safetensors of ours, or a published .pt
@@ -108,10 +96,10 @@ def main(
     world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
 ):
     "Draw images of chosen classes from a trained LightningDiT. An image is decided by seed, index, label and settings: not by the batch size or the number of processes. A stopped or repeated call does what is missing. Options may be written with dashes (--cfg-scale)."
-    try:
+    with user_errors("call the same command again: finished chunks are kept"):
         options = {"sampling.n": n, "seed": seed, "sampling.solver": solver, "sampling.points": points, "sampling.shift": shift, "sampling.cfg_scale": cfg_scale,
                    "sampling.cfg_interval": cfg_interval, "sampling.cfg_channels": cfg_channels, "device": device, "precision": precision}
-        cfg = configuration(run, preset, [s for group in set or () for s in group], options)
+        cfg = configuration(run, preset, given_settings(set), options)
         files = checkpoints(run, dit, tokenizer)
         if out is None and run is None: raise ConfigError("give --out FOLDER for the samples")
         rank, world_size, where = process(rank, world_size, cfg.device)
@@ -119,6 +107,3 @@ def main(
         if not made: print(f"process {rank} of {world_size} has drawn its chunks; {len(samples.missing)} of {len(samples.starts)} are still to come from the others: "
                            "the last one makes the files, or call again")
         else: print("made: "+", ".join(map(str, made))+f"; how: {samples.file}")
-    except VavaeError as e: sys.exit(_fail(e))
-    except OSError as e: sys.exit(_fail(f"{e.filename}: {e.strerror}" if e.filename else e)) # A disk that is full, a folder that may not be written
-    except KeyboardInterrupt: sys.exit("stopped; call the same command again: finished chunks are kept")

@@ -6,12 +6,15 @@
 __all__ = ['configuration', 'main']
 
 # %% ../nbs/60_train.ipynb #e38e0f1c
-import sys, warnings
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from fastcore.script import Param, call_parse
-from .config import Config, load_config, override, run_name
-from .config import recipe as get_recipe
-from .core import ConfigError, VavaeError
+from .commands import dashes, given_settings, user_errors
+from .config import Config, load_config, override
+from .core import ConfigError
+from .recipes import recipe as get_recipe
+from .recipes import run_name
 
 # %% ../nbs/60_train.ipynb #29d2c137
 def configuration(
@@ -21,52 +24,53 @@ def configuration(
     steps:int|None=None,     # Of both trainings
     vf:str|None=None,        # A foundation model, or `none`
     device:str|None=None,    # Where to run
-    settings:tuple=(),       # `path=value` strings
+    settings:dict[str,str]|None=None, # Path → value, of `--set`
 )->Config:
     "What a command line asks for; `None` is the recipe's"
     cfg = load_config(name) if name.endswith((".yaml", ".yml")) else get_recipe(name)
     changes = {"data.source": data and str(Path(data).expanduser()), "seed": seed, "foundation.name": vf, "device": device}
     changes = {k: v for k,v in changes.items() if v is not None}
     if steps is not None: changes |= _scaled_steps(cfg, steps)
-    for s in settings:
-        path, is_set, value = s.partition("=")
-        if not is_set: raise ConfigError(f"--set takes path=value, such as vf.weight=0.5; got '{s}'")
-        changes[path.strip()] = value.strip()
-    return override(cfg, changes)
+    return override(cfg, changes | (settings or {}))
 
-def _scaled_steps(cfg, steps): # The GAN keeps its place in the run, and the warm-up its share at most
+def _scaled_steps(cfg, steps): # Phases, the GAN's start and the times' change keep their place in the run, the warm-up its share at most
     if steps < 1: raise ConfigError(f"--steps takes a number of at least 1, got {steps}")
     t, d = cfg.tokenizer_training, cfg.dit_training
+    if not t.steps: return {"dit_training.steps": steps, "dit_training.warmup": min(d.warmup, steps//10), "dit_training.uniform_from": round(d.uniform_from*steps/d.steps)}
     return {"tokenizer_training.steps": steps, "tokenizer_training.disc_start": round(t.disc_start*steps/t.steps), "dit_training.steps": steps,
-            "tokenizer_training.warmup": min(t.warmup, steps//10), "dit_training.warmup": min(d.warmup, steps//10)}
+            "tokenizer_training.warmup": min(t.warmup, steps//10), "dit_training.warmup": min(d.warmup, steps//10),
+            "tokenizer_training.phases": [replace(p, steps=max(1, round(p.steps*steps/t.steps)), disc_start=round(p.disc_start*steps/t.steps)) for p in t.phases],
+            "dit_training.uniform_from": round(d.uniform_from*steps/d.steps)}
 
 # %% ../nbs/60_train.ipynb #ef988b50
-def _fail(e):
-    print(f"\nerror: {str(e).split('calling event', 1)[-1].split(chr(10)+chr(9), 1)[-1]}", file=sys.stderr) # fastai puts the callback's name in front
-    return 2
-
 @call_parse
+@dashes
 def main(
-    recipe:str="tiny", # tiny, smoke, or the path of a config.yaml
+    recipe:str="tiny", # A recipe's name, `list` to see them all, or the path of a config.yaml
     data:str=None, # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
     out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     stage:Param("Do one stage only", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
     force:bool=False, # Do stages again that are done, and what depends on them
+    dry_run:bool=False, # Print all settings, and the parameters, operations, memory and time they take; do nothing
     seed:int=None, # Seed of everything random (default: the recipe's, 0)
     steps:int=None, # Steps of both trainings, to shorten or lengthen them (default: the recipe's)
-    vf:str=None, # Foundation model that the latent is aligned with: a timm name, or none (default: the recipe's)
+    vf:str=None, # Foundation model that the latent is aligned with: a timm name, dinov2, mae, sam, clip, or none (default: the recipe's)
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
     set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; see config.yaml of a run for all", nargs="+", action="append")=None,
 ):
-    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. Recipes: tiny, smoke (seconds, to see that it runs)."
-    try:
-        cfg = configuration(recipe, data, seed, steps, vf, device, [s for group in set or () for s in group])
+    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs. Options may be written with dashes (--dry-run)."
+    with user_errors("call the same command again: finished stages are kept, the one it was in starts anew"):
+        if recipe == "list":
+            from vavae_nb.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
+            return print(recipe_table())
+        cfg = configuration(recipe, data, seed, steps, vf, device, given_settings(set))
+        if dry_run:
+            from vavae_nb.plan import describe
+            return print(describe(cfg))
         folder = Path(out or Path("runs")/run_name(cfg))
         print(f"run folder: {folder}", flush=True)
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
-        from vavae_nb.training.stages import run_stages, summary # Here, so that --help needs neither torch nor fastai
+        from vavae_nb.training.stages import run_stages, summary
         run = run_stages(cfg, folder, stage, force)
         if "evaluate" in run.state: print("\n"+summary(run))
         print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("*.png"))))
-    except VavaeError as e: sys.exit(_fail(e))
-    except KeyboardInterrupt: sys.exit("stopped; call the same command again: finished stages are kept, the one it was in starts anew")
