@@ -17,7 +17,7 @@ from vavae_nb.tensors import generator, save_tensors
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--rounds", type=int, default=5, help="timed pairs (default: 5)")
-p.add_argument("--batches", type=int, nargs="+", default=[256, 1024], help="samples a batch (default: 256 1024)")
+p.add_argument("--batches", type=int, nargs="+", default=[64, 256, 900, 1024], help="samples a batch (default: 64 256 900 1024; 1024 of them are 34 MB)")
 p.add_argument("--shards", type=int, default=8, help="shards of 1,000 images (default: 8, which is 0.5 GB)")
 p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 a = p.parse_args()

@@ -185,15 +185,11 @@ def record_statistics(
     folder:str|Path,       # Shards that it made; receives `latents_stats.pt` and `latents.json`
     n:int=10_000,          # Latents to take; 0: all
     seed:int=0,            # Of the choice
-    normalize:str="channel", # By each channel's mean and std; `global`: by one factor; or that factor, such as `0.18215`
 ):
     "Take the statistics of a folder, into the folder and into the tokenizer"
     own = tokenizer.fingerprint()
     for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
     mean, std, how = latent_statistics(folder, n, seed)
-    if normalize != "channel":
-        std = ((std**2+mean**2).mean()-mean.mean()**2).sqrt() if normalize == "global" else 1/float(normalize)
-        mean, std, how = torch.zeros_like(mean), torch.ones_like(mean)*std, how | dict(normalize=normalize)
     tokenizer.set_latent_stats(mean, std, how)
     describe_folder(tokenizer, folder)
 
