@@ -268,13 +268,15 @@ _torch_files = (".pt", ".pth", ".ckpt", ".bin")
 def load_tokenizer(
     path:str|Path,                   # A run folder, our `.safetensors`, a published `.pt` or `.ckpt`, a folder of diffusers, or its name on the hub
     latent_stats:str|Path|None=None, # A `latents_stats.pt`; a published checkpoint brings no statistics of its own
+    resolution:int=256,              # Of a published checkpoint, as for `load_vavae`
+    norm_groups:int=32,              # The same
 )->Autoencoder:                      # On the CPU
     "A tokenizer from whichever file holds it"
     name, path = str(path), Path(path).expanduser()
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (*_torch_files, ".safetensors") and not path.parent.exists():
         path = hub_folder(name, "config.json", "diffusion_pytorch_model.safetensors")
     if not path.exists(): raise CheckpointError(f"no file or folder at {path}")
-    if path.suffix in _torch_files and path.is_file(): return load_vavae(path, latent_stats)
+    if path.suffix in _torch_files and path.is_file(): return load_vavae(path, latent_stats, resolution, norm_groups)
     if (own := path/"tokenizer.safetensors").is_file(): path = own
     if path.is_file(): return with_stats(Autoencoder.load(path), latent_stats)
     if any((path/f).is_file() for f in ("config.json", "vae/config.json")): return with_stats(from_diffusers(path), latent_stats)

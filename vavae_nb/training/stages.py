@@ -119,7 +119,8 @@ def run_stages(
 # %% ../../nbs/53_training.stages.ipynb #ae8833cf
 def _first_tokenizer(cfg):
     if not cfg.tokenizer.weights: return build_tokenizer(cfg)
-    tok, t = load_tokenizer(cfg.tokenizer.weights), cfg.tokenizer
+    t = cfg.tokenizer
+    tok = load_tokenizer(t.weights, resolution=cfg.data.size, norm_groups=t.norm_groups)
     if (tok.latent_dim, tok.downsampling) != (t.latent_dim, 2**(len(t.ch_mult)-1)):
         raise ConfigError(f"{t.weights} is {tok.extra_repr().split(',')[0]}, but the configuration says f{2**(len(t.ch_mult)-1)}d{t.latent_dim}: "
                           f"set tokenizer.latent_dim={tok.latent_dim} and tokenizer.ch_mult={','.join(map(str, tok.config['ch_mult']))}")
