@@ -11,9 +11,9 @@ import json, platform, re, shutil, warnings
 from itertools import accumulate
 from pathlib import Path
 import torch
+import vavae_nb
 from safetensors import SafetensorError
 from torch import Tensor
-from . import __version__
 from .core import CheckpointError, ConfigError, DataError, ShapeError, VavaeError, atomic_write, progress
 from .data import Batches, Images, to_batch
 from .tensors import ImageNoise, autocast, generator, has_bf16, load_tensors, load_torch, save_tensors
@@ -185,11 +185,15 @@ def record_statistics(
     folder:str|Path,       # Shards that it made; receives `latents_stats.pt` and `latents.json`
     n:int=10_000,          # Latents to take; 0: all
     seed:int=0,            # Of the choice
+    normalize:str="channel", # By each channel's mean and std; `global`: by one factor; or that factor, such as `0.18215`
 ):
     "Take the statistics of a folder, into the folder and into the tokenizer"
     own = tokenizer.fingerprint()
     for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
     mean, std, how = latent_statistics(folder, n, seed)
+    if normalize != "channel":
+        std = ((std**2+mean**2).mean()-mean.mean()**2).sqrt() if normalize == "global" else 1/float(normalize)
+        mean, std, how = torch.zeros_like(mean), torch.ones_like(mean)*std, how | dict(normalize=normalize)
     tokenizer.set_latent_stats(mean, std, how)
     describe_folder(tokenizer, folder)
 
@@ -202,7 +206,7 @@ def describe_folder(
     for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
     save_latent_stats(folder/"latents_stats.pt", tokenizer.latent_mean, tokenizer.latent_std)
     about = dict(tokenizer=own, statistics=tokenizer.latent_how, shape=list(open_shard(shard_files(folder)[0])[0]["latents"].shape[1:]),
-                 shards=len(shard_files(folder)), versions=dict(vavae_nb=__version__, torch=torch.__version__, python=platform.python_version()))
+                 shards=len(shard_files(folder)), versions=dict(vavae_nb=vavae_nb.__version__, torch=torch.__version__, python=platform.python_version()))
     with atomic_write(folder/"latents.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
 
 # %% ../nbs/20_latents.ipynb #2325513b
