@@ -23,6 +23,10 @@ def _two(samples, reference): # float64, of one dimension; on the samples' devic
     if a.shape[1] != b.shape[1]: raise ShapeError(f"features of {a.shape[1]} and {b.shape[1]} dimensions cannot be compared; use one extractor for both")
     return a, b
 
+def _steps(n, step, what): # First rows of the steps; with a bar where there are many
+    starts = range(0, n, step)
+    return progress(starts, what, unit="step") if len(starts) > 16 else starts
+
 def kid(
     samples:Tensor|np.ndarray,   # Features of generated images, (n, dim)
     reference:Tensor|np.ndarray, # Features of real ones, (m, dim)
@@ -41,7 +45,7 @@ def kid(
     rng, kernel = np.random.RandomState(seed), lambda u,v: (u@v.T/u.shape[1]+1)**3
     draw = lambda f: f[torch.from_numpy(rng.choice(len(f), m, replace=False)).to(f.device)]
     values,first,second = [],[],[]
-    for _ in progress(range(subsets), "KID", unit="subset") if subsets*m > 2e5 else range(subsets):
+    for _ in _steps(subsets, 1, "KID"):
         x,y = draw(a), draw(b)
         xx,yy = (k.fill_diagonal_(0) for k in (kernel(x, x), kernel(y, y)))
         xy = kernel(x, y)
@@ -56,11 +60,11 @@ def kid(
 
 # %% ../../nbs/44_metrics.distribution.ipynb #44d1000e
 def _radii(f, k, chunk): # Distance of each row to its k-th nearest other row
-    near,parts = f.new_full((len(f), k), math.inf),f.split(chunk)
-    def closer(i, d): near[i*chunk:i*chunk+len(d)] = torch.cat([near[i*chunk:i*chunk+len(d)], d], 1).topk(k, largest=False).values
-    for i in range(len(parts)):
-        for j in range(i, len(parts)):
-            d = torch.cdist(parts[i], parts[j])
+    near = f.new_full((len(f), k), math.inf)
+    def closer(i, d): near[i:i+chunk] = torch.cat([near[i:i+chunk], d], 1).topk(k, largest=False).values
+    for i in _steps(len(f), chunk, "neighbours within a set"):
+        for j in range(i, len(f), chunk):
+            d = torch.cdist(f[i:i+chunk], f[j:j+chunk])
             if i == j: d.fill_diagonal_(math.inf)
             else: closer(j, d.T)
             closer(i, d)
@@ -81,7 +85,7 @@ def precision_recall(
                                                          f"got {len(a)} samples and {len(b)} reference features")
     ra,rb = _radii(a, k, chunk),_radii(b, k, chunk)
     real,covered = (torch.zeros(len(f), dtype=torch.bool, device=f.device) for f in (a, b))
-    for i in range(0, len(a), chunk):
+    for i in _steps(len(a), chunk, "neighbours across sets"):
         for j in range(0, len(b), chunk):
             d = torch.cdist(a[i:i+chunk], b[j:j+chunk])
             real[i:i+chunk] |= (d <= rb[j:j+chunk]).any(1)
