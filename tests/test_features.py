@@ -1,10 +1,14 @@
 "Feature extraction: what the notebook's cells cannot guard"
 import warnings
 import numpy as np, pytest, torch
+from skimage import data as photographs
 from torch import nn
-from vavae_nb.core import ConfigError, DataError, cache_dir
-from vavae_nb.metrics.features import EXTRACTORS, FeatureExtractor, StageMeans, TimmPool, extract_features, feature_extractor, resize
-from vavae_nb.pretrained import weights_sha256
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from vavae_nb import pretrained
+from vavae_nb.core import ConfigError, DataError, WeightsError, cache_dir
+from vavae_nb.data import embedded
+from vavae_nb.metrics.features import EXTRACTORS, FILTERS, FeatureExtractor, StageMeans, TimmPool, extract_features, feature_batches, feature_extractor, resize
+from vavae_nb.pretrained import inception_network, packaged_file, weights_sha256
 from vavae_nb.tensors import generator, save_tensors, test_tensor as check
 
 class Toy(nn.Module):
@@ -49,7 +53,7 @@ def test_cache_tells_everything_apart(cache, pixels):
     assert np.array_equal(extract_features(e, pictures), first) and base.seen == 10
     calls = [lambda: extract_features(e, pictures, flip=True), lambda: extract_features(e, pictures, precision="bf16"),
              lambda: extract_features(e, Pictures(pixels, "two")), lambda: extract_features(e, Pictures(pixels[:5], "one")),
-             lambda: extract_features(FeatureExtractor("toy", base, 6+2, antialias=False), pictures),
+             lambda: extract_features(FeatureExtractor("toy", base, 8, "bilinear"), pictures),
              lambda: extract_features(FeatureExtractor("other", base, 8), pictures)]
     for n,call in enumerate(calls, 1):
         before = base.seen; call()
@@ -88,17 +92,17 @@ def test_kinds_of_images(tmp_path, pixels):
     with warnings.catch_warnings(): # torch warns of read-only arrays
         warnings.simplefilter("error")
         check(extract_features(e, np.load(tmp_path/"x.npy", mmap_mode="r")), full, rtol=1e-6)
-    for bad in (pixels[0], pixels.astype(np.int64), x[:, :1], list(pixels)):
+    for bad in (pixels[0], pixels.astype(np.int64), x[:, :1], list(pixels), np.array([pixels[0], None], dtype=object)):
         with pytest.raises(DataError, match="must be"): extract_features(e, bad)
     with pytest.raises(ConfigError, match="fp8"): extract_features(e, pixels, precision="fp8")
 
 def test_resize_keeps_constants_and_range():
     x = torch.rand(2, 3, 37, 50, generator=generator(0, "resize"))*2-1
     for size in (8, 64):
-        for antialias in (True, False):
-            check(resize(torch.full((1, 3, 37, 50), .3), size, antialias), torch.full((1, 3, size, size), .3), rtol=1e-6)
-            assert resize(x, size, antialias).abs().max() <= 1+1e-6
-    check(resize(x, 64), resize(x, 64, False), rtol=1e-6) # No difference where nothing shrinks
+        for f in FILTERS:
+            check(resize(torch.full((1, 3, 37, 50), .3), size, f), torch.full((1, 3, size, size), .3), rtol=1e-6)
+            assert f == "bicubic-pil" or resize(x, size, f).abs().max() <= 1+1e-6
+    check(resize(x, 64), resize(x, 64, "bilinear"), rtol=1e-6) # No difference where nothing shrinks
     assert resize(x.bfloat16(), 8).dtype == torch.float32
 
 def test_registry():
@@ -115,3 +119,87 @@ def test_efficientnet_pools_as_timm_does():
     pooled = t.net.forward_head(t.net.forward_features(((x+1)/2-mean)/std), pre_logits=True)
     check(t(x), pooled, rtol=1e-4)
     assert t.dim == 1280
+
+@pytest.mark.parametrize("shape", [(32, 32), (299, 299), (250, 333), (512, 400)])
+def test_tensorflow_resize_to_the_bit(shape):
+    x = torch.randint(0, 256, (2, 3, *shape), generator=generator(0, "tf1")).float()
+    assert torch.equal(resize(x, 299, "bilinear-tf1"), interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False))
+
+@pytest.fixture(scope="module")
+def inception(): return feature_extractor("inception")
+
+@pytest.fixture(scope="module")
+def photos(): return [photographs.astronaut(), photographs.chelsea(), photographs.rocket()[:200, :150], *embedded("test").pixels[:3]]
+
+def test_inception_is_the_packaged_program(inception, photos): # Run once, as the independent implementation
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.load(packaged_file(*(pretrained._inception[k] for k in ("package", "file", "sha256"))))
+    with torch.no_grad():
+        for im in photos:
+            pixels = torch.tensor(im).permute(2, 0, 1)[None]
+            resized = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False)
+            ours,spatial = inception(pixels/127.5-1, spatial=True)
+            check(ours, program((resized-128)/128), rtol=1e-4)
+            check(inception(pixels/127.5-1), ours, rtol=1e-6)
+        layers = program.net.layers # The program's own layers up to mixed_5, and the 1×1 branch of mixed_6
+        x = (resized-128)/128
+        for name,layer in layers.named_children():
+            if name == "mixed_6": break
+            x = layer(x)
+        check(spatial, layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1), rtol=1e-4)
+
+def test_inception_through_torch_fidelity(inception, photos):
+    net,_ = inception_network()
+    assert net.get_default_feature_layer_for_metric("isc") == "logits_unbiased" # As the notebook says
+    for im in photos[:3]:
+        pixels = torch.tensor(im).permute(2, 0, 1)[None]
+        check(inception(pixels/127.5-1), net(pixels)[0], rtol=1e-4)
+
+@pytest.mark.parametrize("counters", [True, False])
+def test_torch_fidelitys_file_brings_logits(inception, tmp_path, photos, counters): # A file of its names: the packaged tensors, and a drawn last layer
+    net,_ = inception_network()
+    fc = nn.Linear(2048, 1008)
+    t = {k: v for k,v in net.state_dict().items() if counters or "num_batches" not in k} | {f"fc.{k}": v for k,v in fc.state_dict().items()}
+    torch.save(t, path := tmp_path/"weights-inception-2015-12-05-6726825d.pth")
+    e = feature_extractor("inception", weights=path)
+    assert e.key != inception.key and e.sha256 == pretrained.remembered_sha256(path)
+    pixels = torch.tensor(photos[1]).permute(2, 0, 1)[None]
+    f = e(pixels/127.5-1)
+    check(f, inception(pixels/127.5-1), rtol=0)
+    theirs = type(net).__bases__[0]("inception", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=str(path))(pixels) if counters else None
+    if theirs: # torch-fidelity's own constructor and forward on the same file
+        for ours,other in zip((f, e.logits(f), e.logits(f, bias=True)), theirs): check(ours, other, rtol=1e-4)
+    assert not torch.equal(e.logits(f), e.logits(f, bias=True))
+
+def test_logits_that_are_not_there(inception):
+    with pytest.raises(WeightsError, match="weights='torch-fidelity'"): inception.logits(torch.zeros(1, 2048))
+    with pytest.raises(ConfigError, match="needs the extractor inception"): feature_extractor("alexnet").logits(torch.zeros(1, 1152))
+
+def test_inception_ignores_bf16_and_rounds_to_8_bits(inception):
+    x = embedded("test").batch(range(1))
+    with torch.autocast("cpu", torch.bfloat16): half = inception(x)
+    check(half, inception(x), rtol=1e-6)
+    check(inception(x+.3/127.5), half, rtol=1e-6)
+    assert "8-bit" in inception.key and "tf1" in inception.key
+
+def test_batches_are_the_features(pixels):
+    class Two(Toy):
+        spatial_dim = 3
+        def forward(self, x, spatial=False): f = super().forward(x); return (f, x.mean((2, 3))) if spatial else f
+    e = FeatureExtractor("toy", Two(), 8)
+    pool,spatial = extract_features(e, pixels, spatial=True)
+    parts = list(feature_batches(e, pixels, 3, spatial=True))
+    assert [len(p[0]) for p in parts] == [3, 3, 3, 1] and spatial.shape == (10, 3)
+    for i,whole in enumerate((pool, spatial)): check(np.concatenate([p[i] for p in parts]), whole, rtol=1e-6)
+    with pytest.raises(ConfigError, match="no spatial features"): next(feature_batches(FeatureExtractor("toy", Toy(), 8), pixels, spatial=True))
+
+def test_spatial_features_have_a_cache_of_their_own(cache, pixels):
+    class Two(Toy):
+        spatial_dim = 3
+        def forward(self, x, spatial=False): f = super().forward(x); return (f, x.mean((2, 3))) if spatial else f
+    e,p = FeatureExtractor("toy", Two(), 8),Pictures(pixels, "one")
+    first = extract_features(e, p, spatial=True); extract_features(e, p)
+    seen = e.network.seen
+    for a,b in zip(extract_features(e, p, spatial=True), first): assert np.array_equal(a, b)
+    assert e.network.seen == seen and len(cache()) == 2

