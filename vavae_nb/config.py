@@ -143,6 +143,7 @@ class Evaluation:
     reference:int=5000                           # Images of a reference of a Fréchet distance, at most
     tsne_points:int=2000                         # Latent vectors of the t-SNE picture and its uniformity
     batch_size:int=100                           # Images
+    dashboard_every:int=0                        # Steps between two looks at the latent space while the tokenizer trains; 0: none
 
 sampling_presets = {
     "paper-800ep": {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 6.7,

@@ -39,14 +39,14 @@ _smoke = override(_tiny, {
 _laptop = {"tiny": Recipe("the whole path on the embedded images, about 10 minutes on 2 CPU cores", _tiny),
            "smoke": Recipe("the same path in seconds, to see that it runs; its numbers mean nothing", _smoke)}
 
-# %% ../nbs/05_recipes.ipynb #4ba32fe4
+# %% ../nbs/05_recipes.ipynb #e16872cf
 def _epochs(n, batch=256): return round(n*1_281_167/batch) # Of ImageNet-1k's training images, in batches
 
 _imagenet = override(Config(), {
     "data.source": "", "data.size": 256, "foundation.name": "dinov2", "foundation.normalize": "none",
     "tokenizer_training.steps": _epochs(50), "tokenizer_training.batch_size": 256, "tokenizer_training.precision": "fp32",
     "dit.size": "B", "dit_training.steps": 160*1250, "dit_training.batch_size": 1024, # 64 epochs are 80 000 steps
-    "sampling.n": 10_000, "evaluation.images": 50_000, "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000})
+    "sampling.n": 10_000, "evaluation.extractors": ("inception",), "evaluation.images": 50_000, "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000})
 
 def _figures(keys, text): return {k: float(v) for k,v in zip(keys.split(), text.split()) if v != "-"}
 
@@ -128,7 +128,7 @@ def _table1_rows():
 
 def _settings(base, cfg, sections): return {k: v[1] for k,v in differences(base, cfg).items() if k.startswith(sections)} # What cfg changes in them
 
-# %% ../nbs/05_recipes.ipynb #5dc3f347
+# %% ../nbs/05_recipes.ipynb #ff2ab3a1
 def cifar10_form(
     cfg:Config, # A recipe for 256×256 images
 )->Config:      # The same comparison on 32×32 images
@@ -145,16 +145,22 @@ def cifar10_form(
         "dit_training.steps": d.steps//40, "dit_training.uniform_from": d.uniform_from//40, "dit_training.batch_size": d.batch_size//32,
         "dit_training.lr": 5*d.lr, "dit_training.ema": 1-40*(1-d.ema), "sampling.points": 50, "sampling.solver": cfg.sampling.solver})
 
+def _in_small(name, r):
+    c = cifar10_form(r.config)
+    vf = "no VF loss" if c.foundation.name == "none" else f"VF loss with {c.foundation.name}"
+    about = f"imagenet256-{name} in small: f{2**(len(c.tokenizer.ch_mult)-1)}d{c.tokenizer.latent_dim} tokenizer, {vf}; {c.dit.size}/{c.dit.patch_size}, {c.dit_training.steps:,} steps of {c.dit_training.batch_size}"
+    return Recipe(about, c, r.source)
+
 def _cifar10_name(name): # f16d32-dinov2 → f4d16-lite0: what it says must be true
     for d in (16, 32, 64): name = name.replace(f"f16d{d}", f"f4d{d//2}_")
     return name.replace("_", "").replace("dinov2", "lite0")
 
-# %% ../nbs/05_recipes.ipynb #2d80d926
+# %% ../nbs/05_recipes.ipynb #dc7bd43f
 _published = _tokenizers() | _lightningdit() | _table1_rows()
 
 recipes = {name: Recipe(r.about, override(r.config, {"recipe": name}), r.source, r.expect) for name,r in (
     _laptop | {f"imagenet256-{k}": r for k,r in _published.items()}
-    | {f"cifar10-{_cifar10_name(k)}": Recipe(f"at 32×32: {r.about}", cifar10_form(r.config), f"{r.source}, in small" if r.source else "") for k,r in _published.items()}).items()}
+    | {f"cifar10-{_cifar10_name(k)}": _in_small(k, r) for k,r in _published.items()}).items()}
 
 def recipe(
     name:str, # A recipe's name

@@ -119,14 +119,14 @@ class TermsLog(Callback):
         now = time.time()
         row = {k: float(s)/(self.count if k.startswith("loss/") else n) for k,(s,n) in self.sums.items()} | dict(images_per_second=self.items/max(now-self.last, 1e-9))
         self.history.append(dict(step=self.train_iter, seconds=now-self.start) | row)
-        if self.path: self._append(row, now)
+        if self.path: self.write(self.first+self.train_iter, now-self.start, row)
         self.sums,self.count,self.items,self.last = {},0,0,now
-    def _append(self, row, now):
+    def write(self, step, seconds, row): # To the CSV, as the stage's
         new = not self.path.exists()
         with open(self.path, "a", newline="") as f:
             w = csv.writer(f)
             if new: w.writerow(("stage", "step", "seconds", "term", "value"))
-            w.writerows((self.stage, self.first+self.train_iter, f"{now-self.start:.1f}", k, f"{v:.6g}") for k,v in row.items())
+            w.writerows((self.stage, step, f"{seconds:.1f}", k, f"{v:.6g}") for k,v in row.items())
     def after_cancel_fit(self): self.flush()
     def after_fit(self): self.flush()
 

@@ -31,6 +31,7 @@ from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
 from ..tokenizer.perceptual import LPIPS
 from .callbacks import Every, StepBar, TermsLog
+from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
 from .tokenizer import fit_steps, tokenizer_learner, tokenizer_phases
 
@@ -132,24 +133,35 @@ def _features(run, tok, train): # Cached, or the network itself; and its key
     vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
     return (cached_features(vfm, train, precision=run.cfg.tokenizer_training.precision or run.cfg.precision) if keep_on_disk(f.cache, vfm.feature_bytes(len(train))) else vfm), vfm.key
 
+def _dashboard(run, tok): # None, or one, for all phases
+    e, f = run.cfg.evaluation, run.cfg.foundation
+    if not e.dashboard_every: return []
+    images, features = probe_images(run.data[1]), None
+    if f.name != "none":
+        vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
+        features = torch.from_numpy(cached_features(vfm, images, precision=run.cfg.tokenizer_training.precision or run.cfg.precision)[:, 0])
+    return [LatentDashboard(images, e.dashboard_every, features, _fresh_log(run, "dashboard"), run.out/"dashboard.png", run.cfg.seed)]
+
 def run_tokenizer(run:Run)->dict:
     "train the tokenizer, aligned with the foundation model"
     cfg, (train, test), start = run.cfg, run.data, time.time()
     t, tok = cfg.tokenizer_training, _first_tokenizer(cfg)
     features, vfm_key = _features(run, tok, train)
+    board = _dashboard(run, tok)
     seconds, shown = round(time.time()-start, 1), test.batch(first_of_each(test.labels, 12))
     phases, path, done, before = tokenizer_phases(cfg.vf, t), _fresh_log(run, "tokenizer"), 0, None
     for i,(vf,training) in enumerate(phases):
         def look(learn, done=done):
             path = run.out/"progress"/f"reconstructions-{done+learn.train_iter:06d}.png"
             save_grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], path, f"step {done+learn.train_iter}")
+        for b in board: b.first = done
         name = "tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}"
         learn = tokenizer_learner(tok, train, features, vf=vf, training=training, device=run.device, precision=t.precision or cfg.precision, seed=cfg.seed+1000*i,
-                                  after=before, log=TermsLog(path, "tokenizer", first=done), cbs=[StepBar(training.steps, name), Every(max(1, training.steps//3), look)])
+                                  after=before, log=TermsLog(path, "tokenizer", first=done), cbs=[StepBar(training.steps, name), Every(max(1, training.steps//3), look), *board])
         fit_steps(learn, training.steps)
         done, before = done+training.steps, learn.loss_func
     tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
-    return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key)
+    return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key) | {"dashboard_seconds": round(b.seconds, 1) for b in board}
 
 @torch.no_grad()
 def reconstruct(
