@@ -9,13 +9,14 @@ take turns, and the ratio is of medians. Writes results/bench-tokenizer-step.jso
 import argparse, json, statistics, subprocess, time
 from pathlib import Path
 import torch
-from vavae_nb.config import TokenizerTraining, recipe
+from vavae_nb.config import TokenizerTraining
 from vavae_nb.data import embedded
+from vavae_nb.plan import build_tokenizer
+from vavae_nb.recipes import recipe
 from vavae_nb.tensors import generator, rel_err, seed_everything
 from vavae_nb.tokenizer.adversarial import PatchGAN, adaptive_weight, generator_loss
 from vavae_nb.tokenizer.perceptual import LPIPS
 from vavae_nb.tokenizer.vf_loss import VFLoss
-from vavae_nb.training.stages import build_tokenizer
 from vavae_nb.training.tokenizer import TokenizerLoss
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
