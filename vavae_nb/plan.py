@@ -6,10 +6,11 @@
 __all__ = ['share_of_peak', 'build_tokenizer', 'build_dit', 'saved_bytes', 'forward_flops', 'data_counts', 'plan', 'memory',
            'paper_rate', 'measured_rate', 'device_hours', 'describe', 'recipe_table']
 
-# %% ../nbs/37_plan.ipynb #dce0f34f
+# %% ../nbs/37_plan.ipynb #28e3ae25
 import functools, time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Iterable
 import torch, yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,7 +179,7 @@ def device_hours(
     hours = {k: v["flops"]/rate/3600 for k,v in p["stages"].items()}
     return hours | {"all": sum(hours.values())}
 
-# %% ../nbs/37_plan.ipynb #86e050da
+# %% ../nbs/37_plan.ipynb #71b60b2e
 def _hours(h): return f"{h*3600:.0f} s" if h < 1/30 else f"{h*60:.0f} min" if h < 1.5 else f"{h:,.1f} h" if h < 9.95 else f"{h:,.0f} h"
 
 def describe(
@@ -210,13 +211,15 @@ def describe(
 
 def _plain(o): return {k: _plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple, list)) else o
 
-def recipe_table()->str:
-    "All recipes with their cost and the paper's figures, for `--recipe list`"
+def recipe_table(
+    names:Iterable[str]=tuple(recipes), # Which; default: all
+)->str:
+    "Recipes with their cost and the paper's figures, for `--recipe list`"
     device = pick_device()
     here = share_of_peak[device.type]*measured_rate(device, torch.bfloat16 if has_bf16(device) else torch.float32)
     shown = lambda h, least, most: _hours(h) if least < h < most else "–" # Launching kernels, not arithmetic, is what a GPU would wait for; and nobody waits for a century
     lines = [f"{'recipe':44}{'in the paper':20}{'one H800':>11}{'this machine':>14}  what; what the paper reports"]
-    for name,r in recipes.items():
+    for name,r in ((k, recipes[k]) for k in names):
         p, expect = plan(r.config), ", ".join(f"{k} {v:g}" for k,v in r.expect.items() if k in ("gFID", "guided_gFID", "rFID"))
         lines.append(f"{name:44}{r.source:20}{shown(device_hours(p, paper_rate())['all'], .1, 1e6):>11}{shown(device_hours(p, here)['all'], 0, 1e4):>14}  {r.about}{'; '+expect if expect else ''}")
     return "\n".join([*lines, "", "Start one with --recipe NAME; see its settings and the arithmetic of its cost with --recipe NAME --dry-run.",
