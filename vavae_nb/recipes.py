@@ -128,7 +128,7 @@ def _table1_rows():
 
 def _settings(base, cfg, sections): return {k: v[1] for k,v in differences(base, cfg).items() if k.startswith(sections)} # What cfg changes in them
 
-# %% ../nbs/05_recipes.ipynb #ff2ab3a1
+# %% ../nbs/05_recipes.ipynb #1665cdd8
 def cifar10_form(
     cfg:Config, # A recipe for 256×256 images
 )->Config:      # The same comparison on 32×32 images
@@ -143,7 +143,7 @@ def cifar10_form(
         "tokenizer_training.phases": [dict(vars(p), steps=small(p.steps)) for p in cfg.tokenizer_training.phases],
         "dit.size": f"{cfg.dit.size}-mini", "dit_training.schedule": "constant",
         "dit_training.steps": d.steps//40, "dit_training.uniform_from": d.uniform_from//40, "dit_training.batch_size": d.batch_size//32,
-        "dit_training.lr": 5*d.lr, "dit_training.ema": 1-40*(1-d.ema), "sampling.points": 50, "sampling.solver": cfg.sampling.solver})
+        "dit_training.lr": 5*d.lr, "dit_training.ema": round(1-40*(1-d.ema), 6), "sampling.points": 50, "sampling.solver": cfg.sampling.solver})
 
 def _in_small(name, r):
     c = cifar10_form(r.config)
