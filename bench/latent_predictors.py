@@ -1,22 +1,27 @@
 """Which quantity of the latent dashboard predicts generation? Several tokenizers in small, each followed by the same LightningDiT.
 
-    python bench/latent_predictors.py [--steps 400] [--out runs/latent-predictors] [--only NAME …] [--threads 1]
+    python bench/latent_predictors.py [--steps 400] [--seed 0] [--out runs/latent-predictors] [--only NAME …] [--threads 1]
 
-Tokenizers of 32×32 recipes (4, 8 and 16 times more latent numbers than positions, with and without VF loss), made smaller still, and one seed:
-the embedded images, no GAN, equal steps for every tokenizer and for every LightningDiT. Generation is the Fréchet distance of 1,000 unguided
-samples from the training images, over AlexNet and over EfficientNet-Lite0 (which is also what taught the VF loss). Quantities are of the finished
-tokenizer on test images. A folder a tokenizer under --out; what is finished there is not done again, so several of these commands may share the
-work with --only. Writes results/latent-predictors.json from all that is finished.
+Tokenizers of 32×32 recipes with 8, 16 and 32 channels, with and without VF loss, made smaller still (`smaller` below): 2,000 of the embedded
+images, no GAN, equal steps for every tokenizer and for every LightningDiT. Generation is the Fréchet distance of 1,000 unguided samples from the
+training images, over AlexNet and over EfficientNet-Lite0 (which is also what taught the VF loss). Quantities are of the finished tokenizer on the
+1,000 embedded test images. A folder a tokenizer and seed under --out; what is finished there is not done again, so several of these commands may
+share the work with --only. Rank correlations are over tokenizers (means over seeds where there are several); their p-values come from all
+permutations, for one quantity by itself and for the best of all of them. Writes results/latent-predictors.json from all that is finished.
 """
-import argparse, json, time
+import argparse, itertools, json, subprocess, time
 from pathlib import Path
-import torch
+import numpy as np, torch
+from scipy.stats import rankdata
+from vavae_nb.config import load_config
 from vavae_nb.core import atomic_write
 from vavae_nb.dit.model import LightningDiT
 from vavae_nb.generate import generate_images, save_grid
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.quality import FeatureStats, fd
+from vavae_nb.tokenizer.foundation import FoundationModel, cached_features
 from vavae_nb.train import configuration
+from vavae_nb.training.dashboard import probe_images, tokenizer_report
 from vavae_nb.training.stages import Run, provenance, run_stages
 
 tokenizers = { # name → recipe, and what is changed in it
@@ -44,17 +49,53 @@ def generation(run):
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(result, indent=1))
     return result
 
-if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=400, help="of each tokenizer and of each LightningDiT (default: 400)")
-    p.add_argument("--out", type=Path, default=Path("runs/latent-predictors"), help="folder of the runs (default: runs/latent-predictors)")
-    p.add_argument("--only", nargs="+", default=list(tokenizers), choices=tokenizers, metavar="NAME", help=f"of {', '.join(tokenizers)} (default: all)")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    for name in a.only:
-        recipe, change = tokenizers[name]
-        start, cfg = time.time(), configuration(recipe, steps=a.steps, device="cpu", settings=smaller | change)
-        for stage in ("tokenizer", "latents", "dit"): run_stages(cfg, a.out/f"{name}-{a.steps}", stage)
-        values = {k: round(v["value"], 2) for k,v in generation(Run(cfg, a.out/f"{name}-{a.steps}"))["fd"].items()}
-        print(f"{name}: {values} after {time.time()-start:.0f} s", flush=True)
+def quantities(run):
+    "What the dashboard would say of the finished tokenizer; alignment is with EfficientNet-Lite0, also where that did not teach it"
+    images, tok = probe_images(run.data[1]), run.tokenizer()
+    features = cached_features(FoundationModel("efficientnet_lite0", grid=images.size//tok.downsampling), images)[:, 0]
+    values = tokenizer_report(tok, images, torch.from_numpy(np.array(features)), seed=run.cfg.seed)
+    return dict(latent_dim=tok.latent_dim) | {k: v for k,v in values.items() if "/" not in k}
+
+def rank_correlations(x, y):
+    "Spearman's ρ of each row of x, (k, n), with y, (n,); exact two-sided p-values of each, and of the largest of the k"
+    unit = lambda r: (r-r.mean(-1, keepdims=True))/np.linalg.norm(r-r.mean(-1, keepdims=True), axis=-1, keepdims=True).clip(1e-12)
+    x, y = unit(rankdata(x, axis=1)), unit(rankdata(y))
+    perms = np.array(list(itertools.permutations(range(len(y)))) if len(y) <= 8 else [np.random.default_rng(i).permutation(len(y)) for i in range(40_000)])
+    rho, null = x@y, np.abs(y[perms]@x.T) # (k,), (permutations, k)
+    at_least = lambda o: (o >= np.abs(rho)-1e-9).mean(0)
+    return rho, at_least(null), at_least(null.max(1, keepdims=True))
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("--steps", type=int, default=400, help="of each tokenizer and of each LightningDiT (default: 400)")
+p.add_argument("--seed", type=int, default=0, help="of everything random in this command's runs (default: 0)")
+p.add_argument("--out", type=Path, default=Path("runs/latent-predictors"), help="folder of the runs (default: runs/latent-predictors)")
+p.add_argument("--only", nargs="*", default=list(tokenizers), choices=tokenizers, metavar="NAME", help=f"of {', '.join(tokenizers)} (default: all; nothing: only gather what is finished)")
+p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+a = p.parse_args()
+torch.set_num_threads(a.threads)
+folder = lambda name, seed: a.out/(f"{name}-{a.steps}"+(f"-seed{seed}" if seed else ""))
+for name in a.only:
+    recipe, change = tokenizers[name]
+    start, cfg = time.time(), configuration(recipe, seed=a.seed, steps=a.steps, device="cpu", settings=smaller | change)
+    for stage in ("tokenizer", "latents", "dit"): run_stages(cfg, folder(name, a.seed), stage)
+    values = {k: round(v["value"], 2) for k,v in generation(Run(cfg, folder(name, a.seed)))["fd"].items()}
+    print(f"{name}: {values} after {time.time()-start:.0f} s", flush=True)
+
+rows = []
+for name,seed in itertools.product(tokenizers, range(10)):
+    if not (folder(name, seed)/"generation.json").exists(): continue
+    run = Run(load_config(folder(name, seed)/"config.yaml"), folder(name, seed))
+    rows.append(dict(name=name, recipe=tokenizers[name][0], changes=tokenizers[name][1], seed=seed, quantities=quantities(run)) | generation(run))
+    print(name, seed, {k: round(v, 3) for k,v in rows[-1]["quantities"].items()}, flush=True)
+names = list(dict.fromkeys(r["name"] for r in rows))
+mean = lambda get: np.array([np.mean([get(r) for r in rows if r["name"] == n]) for n in names])
+correlations, known = {}, list(rows[0]["quantities"])
+for net in rows[0]["fd"]:
+    found = rank_correlations(np.stack([mean(lambda r: r["quantities"][k]) for k in known]), mean(lambda r: r["fd"][net]["value"]))
+    correlations[net] = {k: dict(rho=float(rho), p=float(p), p_best=float(best)) for k,rho,p,best in zip(known, *found)}
+    for k,v in correlations[net].items(): print(f"{net:20}{k:18} rho {v['rho']:+.2f}, p {v['p']:.3f}, as the best of {len(known)} {v['p_best']:.3f}")
+twice = {n: [r["fd"] for r in rows if r["name"] == n] for n in names}
+spread = {net: {n: [f[net]["value"] for f in fs] for n,fs in twice.items() if len(fs) > 1} for net in rows[0]["fd"]}
+result = dict(command=f"python bench/latent_predictors.py --steps {a.steps}", what=__doc__.splitlines()[0], n=len(names), steps=a.steps, smaller=smaller, correlations=correlations,
+              seeds=sorted({r["seed"] for r in rows}), fd_by_seed=spread, rows=rows, commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip())
+with atomic_write("results/latent-predictors.json") as tmp: tmp.write_text(json.dumps(result, indent=1))

@@ -139,7 +139,7 @@ def _dashboard(run, tok): # None, or one, for all phases
     images, features = probe_images(run.data[1]), None
     if f.name != "none":
         vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
-        features = torch.from_numpy(cached_features(vfm, images, precision=run.cfg.tokenizer_training.precision or run.cfg.precision)[:, 0])
+        features = torch.from_numpy(np.array(cached_features(vfm, images, precision=run.cfg.tokenizer_training.precision or run.cfg.precision)[:, 0]))
     return [LatentDashboard(images, e.dashboard_every, features, _fresh_log(run, "dashboard"), run.out/"dashboard.png", run.cfg.seed)]
 
 def run_tokenizer(run:Run)->dict:
