@@ -244,7 +244,7 @@ def _generation(out, ex, x, ref, wanted, repeats, splits, k, seed, batch_size):
     if "kid" in wanted: out.take(lambda: kid(rows, real, subset_size=min(1000, len(rows), len(real)), **of), ex)
     if "precision_recall" in wanted: out.take(lambda: precision_recall(rows, real, k=k, **of), ex)
     if "per_class" in wanted:
-        out.take(lambda: [replace(m, metric=f"{name}/{ref.images.classes[c]}") for c,m in per_class_fd(rows, x.labels, real, ref.images.labels, metric=name, **of).items()], ex)
+        out.take(lambda: [replace(m, metric=f"{name}/{ref.images.classes[c]}") for c,m in per_class_fd(rows, np.array(x.labels), real, np.array(ref.images.labels), metric=name, **of).items()], ex)
 
 # %% ../nbs/46_evaluation.ipynb #735229e2
 def evaluate_generation(
