@@ -13,23 +13,23 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 from ..config import Config, differences, flat, load_config, save_config
-from ..core import CheckpointError, ConfigError, atomic_write, keep_on_disk, progress, unknown_name
+from ..core import CheckpointError, ConfigError, atomic_write, keep_on_disk, unknown_name
 from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, count_params
+from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
 from ..generate import generate_images, save_grid, versions
 from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
-from ..metrics.quality import FeatureStats, fd, nearest_neighbours, reconstruction_metrics
+from ..metrics.quality import FeatureStats, fd, nearest_neighbours
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
 from ..plan import build_dit, build_tokenizer
 from ..published import load_tokenizer
 from ..tensors import autocast, generator, has_bf16, load_tensors, pick_device, seed_everything
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
-from ..tokenizer.perceptual import LPIPS
 from .callbacks import Every, StepBar, TermsLog
 from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
@@ -253,15 +253,11 @@ def run_evaluate(run:Run)->dict:
 def _subset(images, n): return images if len(images) <= n else images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
 
 def _reconstruction(run):
-    tok, e = run.tokenizer(), run.cfg.evaluation
-    test, lpips, sums = _subset(run.data[1], e.images), LPIPS().to(run.device), {}
-    for i in progress(range(0, len(test), e.batch_size), "reconstruction", unit="batch"):
-        x = test.batch(slice(i, i+e.batch_size))
-        x8, r8 = ((to_uint8(o).permute(0, 3, 1, 2).float()/127.5-1).to(run.device) for o in (x, reconstruct(tok, x))) # As stored
-        for k,v in reconstruction_metrics(x8, r8, lpips).items(): sums[k] = sums.get(k, 0.)+float(v)*len(x)
+    tok, test = run.tokenizer(), _subset(run.data[1], run.cfg.evaluation.images)
+    measured = evaluate_reconstruction(tok, test, batch_size=run.cfg.evaluation.batch_size)
     shown = test.batch(first_of_each(test.labels, 12))
     save_grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], run.out/"reconstructions.png", "test images and their reconstructions")
-    return {k: v/len(test) for k,v in sums.items()} | dict(n=len(test), images=f"{test.name} {test.fingerprint}", latent="mode of the posterior")
+    return {f["metric"]: f["value"] for f in measured.figures} | dict(n=len(test), images=f"{test.name} {test.fingerprint}", latent="mode of the posterior")
 
 # %% ../../nbs/53_training.stages.ipynb #b366714f
 def _generation(run):
