@@ -9,14 +9,14 @@ training images, over AlexNet and over EfficientNet-Lite0 (which is also what ta
 share the work with --only. Rank correlations are over tokenizers (means over seeds where there are several); their p-values come from all
 permutations, for one quantity by itself and for the best of all of them. Writes results/latent-predictors.json from all that is finished.
 """
-import argparse, itertools, json, subprocess, time
+import argparse, itertools, json, time
 from pathlib import Path
 import numpy as np, torch
 from scipy.stats import rankdata
 from vavae_nb.config import load_config
 from vavae_nb.core import atomic_write
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.generate import generate_images, save_grid
+from vavae_nb.generate import generate_images, save_grid, versions
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.quality import FeatureStats, fd
 from vavae_nb.tokenizer.foundation import FoundationModel, cached_features
@@ -45,7 +45,7 @@ def generation(run):
         ex = feature_extractor(name)
         stats = [FeatureStats.of(extract_features(ex, o, 100)) for o in (x, train)]
         rows[name] = fd(*stats, ex.key, f"{train.name} {train.fingerprint}", "no guidance; balanced labels; EMA weights").to_dict()
-    result = dict(fd=rows, provenance=provenance(run), seconds={k: v["seconds"] for k,v in run.state.items()})
+    result = dict(fd=rows, provenance=provenance(run) | dict(commit=commit), seconds={k: v["seconds"] for k,v in run.state.items()})
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(result, indent=1))
     return result
 
@@ -73,6 +73,7 @@ p.add_argument("--only", nargs="*", default=list(tokenizers), choices=tokenizers
 p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 a = p.parse_args()
 torch.set_num_threads(a.threads)
+commit = versions(torch.device("cpu"))["commit"] # Of the code that was loaded; hours later another may be checked out
 folder = lambda name, seed: a.out/(f"{name}-{a.steps}"+(f"-seed{seed}" if seed else ""))
 for name in a.only:
     recipe, change = tokenizers[name]
@@ -97,5 +98,5 @@ for net in rows[0]["fd"]:
 twice = {n: [r["fd"] for r in rows if r["name"] == n] for n in names}
 spread = {net: {n: [f[net]["value"] for f in fs] for n,fs in twice.items() if len(fs) > 1} for net in rows[0]["fd"]}
 result = dict(command=f"python bench/latent_predictors.py --steps {a.steps}", what=__doc__.splitlines()[0], n=len(names), steps=a.steps, smaller=smaller, correlations=correlations,
-              seeds=sorted({r["seed"] for r in rows}), fd_by_seed=spread, rows=rows, commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip())
+              seeds=sorted({r["seed"] for r in rows}), fd_by_seed=spread, rows=rows, commit=commit)
 with atomic_write("results/latent-predictors.json") as tmp: tmp.write_text(json.dumps(result, indent=1))
