@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
 PURE = ["tokenizer.adversarial", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
-        "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "latents"]
+        "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "metrics.latents", "evaluation", "latents"]
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
@@ -62,7 +62,7 @@ def test_pure_modules_stay_light():
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
 
 def test_the_package_and_its_help_need_no_torch():
-    r = python("import sys, vavae_nb, vavae_nb.config, vavae_nb.train, vavae_nb.extract, vavae_nb.sample; print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])")
+    r = python("import sys, vavae_nb, vavae_nb.config, vavae_nb.train, vavae_nb.extract, vavae_nb.sample, vavae_nb.evaluate; print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])")
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
