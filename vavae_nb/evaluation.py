@@ -23,7 +23,7 @@ from .metrics.distribution import fd_infinity, inception_score, kid, per_class_f
 from .metrics.features import FeatureExtractor, extract_features
 from .metrics.latents import channel_normalised, effective_rank, high_frequency_share
 from .metrics.quality import FeatureStats, Measure, fd, frechet_distance, psnr, ssim
-from .metrics.reference import Reference, load_images, load_reference
+from .metrics.reference import Reference, _arrays, load_images, load_reference
 from .metrics.uniformity import uniformity
 from .pretrained import remembered_sha256, weights_sha256
 from .tensors import ImageNoise, autocast, generator
@@ -221,7 +221,7 @@ def why_not(
     return ""
 
 # %% ../nbs/46_evaluation.ipynb #7a2cff3b
-def _sample_stats(ex, images, rows, batch_size): # Pooled and spatial statistics; and the features, if needed
+def _set_stats(ex, images, rows, batch_size): # Pooled and spatial statistics; and the features, if needed
     if not rows: s = load_reference(images, ex, batch_size); return s.stats, s.spatial, None
     both = extract_features(ex, images, batch_size, spatial=True) if ex.spatial_dim else (extract_features(ex, images, batch_size),)
     stats = [FeatureStats() for _ in both]
@@ -229,8 +229,19 @@ def _sample_stats(ex, images, rows, batch_size): # Pooled and spatial statistics
         for i in range(0, len(f), 1024): s.update(f[i:i+1024])
     return stats[0], stats[1] if ex.spatial_dim else None, torch.from_numpy(both[0])
 
-def _generation(out, ex, x, ref, wanted, repeats, splits, k, seed, batch_size):
-    stats, spatial, rows = _sample_stats(ex, x, bool(repeats or set(wanted)-{"fd", "sfid"}), batch_size)
+def _stored(source): # Does it hold statistics?
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else Path()
+    return path.suffix == ".safetensors" or path.suffix == ".npz" and path.is_file() and bool({"mu", "sigma"} & set(_arrays(path)))
+
+def _reference(source, ex, rows, batch_size): # And its features, if they are needed and it has images; each image passes the network once
+    if isinstance(source, Path):
+        ref = load_reference(source, ex, batch_size)
+        return ref, ref.features(ex, batch_size=batch_size) if rows and ref.images is not None else None
+    stats, spatial, rows = _set_stats(ex, source, rows, batch_size)
+    return Reference(source.name, source.fingerprint, ex.key, stats, spatial, source), rows
+
+def _generation(out, ex, x, ref, real, wanted, repeats, splits, k, seed, batch_size):
+    stats, spatial, rows = _set_stats(ex, x, bool(repeats or set(wanted)-{"fd", "sfid"}), batch_size)
     of, name = dict(extractor=ex.key, name=str(ref)), "fid" if ex.name == "inception" else "fd"
     def distance():
         error = sampling_error(lambda f: frechet_distance(FeatureStats.of(f), ref.stats), rows, repeats, seed) if repeats else None
@@ -239,10 +250,9 @@ def _generation(out, ex, x, ref, wanted, repeats, splits, k, seed, batch_size):
     if "infinity" in wanted: out.take(lambda: replace(fd_infinity(rows, ref.stats, repeats=repeats, seed=seed, **of), metric=f"{name}_infinity"), ex)
     if "sfid" in wanted: out.take(lambda: fd(spatial, ref.spatial, metric="sfid", **of), ex)
     if "inception_score" in wanted: out.take(lambda: inception_score(ex.logits(rows), ex.key, splits), ex)
-    if not {"kid", "precision_recall", "per_class"} & set(wanted): return
-    real = ref.features(ex, batch_size=batch_size)
-    if "kid" in wanted: out.take(lambda: kid(rows, real, subset_size=min(1000, len(rows), len(real)), **of), ex)
-    if "precision_recall" in wanted: out.take(lambda: precision_recall(rows, real, k=k, **of), ex)
+    there = rows.to(ex.device) if ex.device.type == "cuda" and rows is not None else rows # Many distances: where they are fast
+    if "kid" in wanted: out.take(lambda: kid(there, real, subset_size=min(1000, len(rows), len(real)), **of), ex)
+    if "precision_recall" in wanted: out.take(lambda: precision_recall(there, real, k=k, **of), ex)
     if "per_class" in wanted:
         out.take(lambda: [replace(m, metric=f"{name}/{ref.images.classes[c]}") for c,m in per_class_fd(rows, np.array(x.labels), real, np.array(ref.images.labels), metric=name, **of).items()], ex)
 
@@ -251,7 +261,7 @@ def evaluate_generation(
     samples:Any,          # As for `open_images`
     reference:Any,        # The same; or an `.npz` with stored statistics, or a file of `Reference.save`
     extractors:Iterable[FeatureExtractor], # On the device where they should run
-    *, metrics:Iterable[str]|None=None, # Of `generation_metrics`; one that cannot be measured is an error. `None`: all that can be
+    *, metrics:list[str]|None=None, # Of `generation_metrics`; one that cannot be measured is an error. `None`: all that can be
     infinity:bool=False,  # Also extrapolate to infinitely many samples
     per_class:bool=False, # Also each class's distance
     repeats:int=0,        # Random halves for the error bars of Fréchet distances; 0: none
@@ -273,20 +283,20 @@ def evaluate_generation(
         elif len(counts) > 1: how["label_sampling"] += f"; {len(counts)} classes of {counts.min()} to {counts.max()} images"
     side = lambda o: "%d×%d" % tuple(o.batch(np.arange(1)).shape[2:])
     out = Evaluation("generation", _shared(extractors[0].device, "fp32", images=_named(x), size=side(x), **how))
-    stored = isinstance(reference, (str, Path)) and Path(reference).suffix in (".npz", ".safetensors") # Which may hold statistics
-    source = reference if stored else open_images(reference, size)
+    source = Path(reference).expanduser() if _stored(reference) else open_images(reference, size)
+    if not isinstance(source, Path) and len(source) < 2: raise DataError(f"{source.name} holds {len(source)} image; a covariance needs at least 2")
+    asked = [*(generation_metrics if metrics is None else metrics), *["infinity"]*infinity, *["per_class"]*per_class]
+    if "precision_recall" in asked and min(few := [len(o) for o in (x, source) if not isinstance(o, Path)]) <= k: # Before any work
+        raise DataError(f"precision and recall look at {k} neighbours, so both sets need more than {k} images; got {' and '.join(map(str, few))}: "
+                        f"give more, or name other metrics ({', '.join(generation_metrics)})")
     for ex in extractors:
-        ref = load_reference(source, ex, batch_size)
+        ref, real = _reference(source, ex, bool({"kid", "precision_recall", "per_class"} & set(asked)), batch_size)
         if ref.images is not None: out.about["reference_size"] = side(ref.images)
-        asked = [*(generation_metrics if metrics is None else metrics), *["infinity"]*infinity, *["per_class"]*per_class]
         lacking = {m: why for m in asked if (why := why_not(m, ex, ref, x))}
         for m,why in lacking.items():
             if metrics is not None or m == "per_class": raise ConfigError(f"{m} was asked for, but {why}")
             out.omit(m, ex.name, why)
-        if "precision_recall" in asked and "precision_recall" not in lacking and min(few := (len(x), len(ref.images))) <= k: # Before any work
-            raise DataError(f"precision and recall look at {k} neighbours, so both sets need more than {k} images; got {few[0]} samples and {few[1]} of {ref.name}: "
-                            f"give more, or name other metrics ({', '.join(generation_metrics)})")
-        _generation(out, ex, x, ref, [m for m in asked if m not in lacking], repeats, splits, k, seed, batch_size)
+        _generation(out, ex, x, ref, real, [m for m in asked if m not in lacking], repeats, splits, k, seed, batch_size)
     return out
 
 # %% ../nbs/46_evaluation.ipynb #96ad2709
