@@ -6,7 +6,7 @@ Tokenizers of 32×32 recipes with 8, 16 and 32 channels, with and without VF los
 images, no GAN, equal steps for every tokenizer and for every LightningDiT. Generation is the Fréchet distance of 1,000 unguided samples from the
 training images, over AlexNet and over EfficientNet-Lite0 (which is also what taught the VF loss). Quantities are of the finished tokenizer on the
 1,000 embedded test images. A folder a tokenizer and seed under --out; what is finished there is not done again, so several of these commands may
-share the work with --only. Rank correlations are over tokenizers (means over seeds where there are several); their p-values come from all
+share the work with --only. Rank correlations are over tokenizers (means over the seeds that all of them have); their p-values come from all
 permutations, for one quantity by itself and for the best of all of them. Writes results/latent-predictors.json from all that is finished.
 """
 import argparse, itertools, json, time
@@ -89,7 +89,8 @@ for name,seed in itertools.product(tokenizers, range(10)):
     rows.append(dict(name=name, recipe=tokenizers[name][0], changes=tokenizers[name][1], seed=seed, quantities=quantities(run)) | generation(run))
     print(name, seed, {k: round(v, 3) for k,v in rows[-1]["quantities"].items()}, flush=True)
 names = list(dict.fromkeys(r["name"] for r in rows))
-mean = lambda get: np.array([np.mean([get(r) for r in rows if r["name"] == n]) for n in names])
+seeds = sorted(set.intersection(*({r["seed"] for r in rows if r["name"] == n} for n in names))) # Those that every tokenizer has; others only say how much a seed moves a distance
+mean = lambda get: np.array([np.mean([get(r) for r in rows if r["name"] == n and r["seed"] in seeds]) for n in names])
 correlations, known = {}, list(rows[0]["quantities"])
 for net in rows[0]["fd"]:
     found = rank_correlations(np.stack([mean(lambda r: r["quantities"][k]) for k in known]), mean(lambda r: r["fd"][net]["value"]))
@@ -98,5 +99,5 @@ for net in rows[0]["fd"]:
 twice = {n: [r["fd"] for r in rows if r["name"] == n] for n in names}
 spread = {net: {n: [f[net]["value"] for f in fs] for n,fs in twice.items() if len(fs) > 1} for net in rows[0]["fd"]}
 result = dict(command=f"python bench/latent_predictors.py --steps {a.steps}", what=__doc__.splitlines()[0], n=len(names), steps=a.steps, smaller=smaller, correlations=correlations,
-              seeds=sorted({r["seed"] for r in rows}), fd_by_seed=spread, rows=rows, commit=commit)
+              seeds=seeds, fd_by_seed=spread, rows=rows, commit=commit)
 with atomic_write("results/latent-predictors.json") as tmp: tmp.write_text(json.dumps(result, indent=1))
