@@ -113,7 +113,7 @@ def test_latents(work, run):
     assert f["gini"]["settings"]["protocol"] == "quick variant" and f["gini"]["n"] == 120 and f["gini"]["standard_error"] > 0
     assert f["gini"]["tokenizer"] == Autoencoder.load(work/"tokenizer.safetensors").fingerprint()
 
-def test_how_samples_were_drawn(work, tmp_path):
+def test_how_samples_were_drawn(work, run, tmp_path):
     data = (work/"samples.npz").read_bytes()
     save_config(override(Config(), {"sampling.cfg_scale": 3., "seed": 5}), tmp_path/"config.yaml")
     for name in ("samples.npz", "samples_unguided.npz", "x.npz"): (tmp_path/name).write_bytes(data)
@@ -123,6 +123,8 @@ def test_how_samples_were_drawn(work, tmp_path):
     record = dict(settings=dict(classes="random", seed=9, solver="heun"), outputs=dict(npz=dict(sha256=sha256_file(tmp_path/"x.npz"))))
     s = tmp_path/"set"; s.mkdir(); (s/"sample.json").write_text(json.dumps(record)); (s/"samples.npz").write_bytes(data)
     assert how_drawn(s) == dict(label_sampling="random", seed=9, sampling=dict(solver="heun"))
+    status, _, err = run("generation", **generation(work, samples=s, label_sampling="balanced", metrics=["fd"]))
+    assert status == 2 and "are random" in err
     (s/"samples.npz").write_bytes((work/"reference.npz").read_bytes())
     assert "another file" in how_drawn(s)["label_sampling"]
 

@@ -175,9 +175,9 @@ def how_drawn(
     if (folder/"sample.json").is_file():
         try: record = json.loads((folder/"sample.json").read_text())
         except ValueError as e: raise DataError(f"{folder/'sample.json'} is damaged ({e}); draw the samples again, or move the images elsewhere") from None
-        s, npz = dict(record["settings"]), record.get("outputs", {}).get("npz", {})
+        s, npz = dict(record.get("settings", {})), record.get("outputs", {}).get("npz", {})
         if file.suffix == ".npz" and file.is_file() and npz.get("sha256") != remembered_sha256(file): return silent | dict(label_sampling="not said (the sample.json beside is of another file)")
-        return dict(label_sampling=s.pop("classes"), seed=s.pop("seed"), sampling=s)
+        return dict(label_sampling=s.pop("classes", "not said"), seed=s.pop("seed", None), sampling=s)
     if (folder/"config.yaml").is_file() and file.name in ("samples.npz", "samples_unguided.npz"):
         cfg = load_config(folder/"config.yaml")
         s = {k: v for k,v in asdict(cfg.sampling).items() if k != "n"} | ({} if file.name == "samples.npz" else dict(cfg_scale=1.))
@@ -281,6 +281,7 @@ def evaluate_generation(
         counts = np.unique(np.asarray(x.labels), return_counts=True)[1]
         if label_sampling: how["label_sampling"] = f"{label_sampling} (said by the caller)"
         elif len(counts) > 1: how["label_sampling"] += f"; {len(counts)} classes of {counts.min()} to {counts.max()} images"
+    elif label_sampling not in ("", how["label_sampling"]): raise ConfigError(f"the labels of these samples are {how['label_sampling']}, as the files beside them say, not {label_sampling}; leave label_sampling out")
     side = lambda o: "%d×%d" % tuple(o.batch(np.arange(1)).shape[2:])
     out = Evaluation("generation", _shared(extractors[0].device, "fp32", images=_named(x), size=side(x), **how))
     source = Path(reference).expanduser() if _stored(reference) else open_images(reference, size)
