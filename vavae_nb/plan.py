@@ -149,8 +149,8 @@ def memory(
     batch, copies = dict(tokenizer=cfg.tokenizer_training.batch_size, dit=cfg.dit_training.batch_size), dict(tokenizer=4, dit=5)
     return {k: dict(state=4*copies[k]*count_params(net), kept=batch[k]*kept[k]//2) for k,net in (("tokenizer", tok), ("dit", m)) if k == "dit" or cfg.tokenizer_training.steps}
 
-# %% ../nbs/37_plan.ipynb #6634fab4
-share_of_peak = {"cuda": .2, "cpu": .3, "mps": .2} # Of a timed matrix product; cuda: as the published code on an H800; cpu: as `tiny`'s networks; mps: a guess
+# %% ../nbs/37_plan.ipynb #7745277f
+share_of_peak = {"cuda": .2, "cpu": .45, "mps": .2} # Of a timed matrix product; cuda: as the published code on an H800; cpu: as `tiny`'s LightningDiT below; mps: a guess
 
 @functools.cache
 def paper_rate()->float: # FLOP/s
