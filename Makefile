@@ -30,15 +30,15 @@ train: setup ## the main job: real images → tokenizer → LightningDiT → new
 
 test: setup ## export in sync, every notebook, pytest, docs staging; under 15 minutes on 2 cores
 	$(BIN)/python tools/notebooks.py test --timeout $(TEST_TIMEOUT)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
-	$(BIN)/nbdev_proc_nbs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -n 2 --dist loadfile
+	$(BIN)/python tools/stage.py
 
 test-slow: test ## make test, and what is flagged slow
 	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800 --workers 1
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
 
 docs: setup ## build the site into _docs with Quarto, where Quarto is installed; else stage it and say so
-	@$(BIN)/nbdev_proc_nbs
+	@$(BIN)/python tools/stage.py
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "The pages are staged in _proc/. Rendering them needs Quarto, which is not on the PATH: see https://quarto.org/docs/get-started"; fi
 
 export: setup ## write vavae_nb/ and README.md from the notebooks

@@ -235,7 +235,7 @@ def _kl_statistics(tok, c): # diffusers: (z − shift)·scaling, or (z − laten
     tok.set_latent_stats(mean, std/scale, dict(file="config.json of diffusers", **{k: c[k] for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std") if k in c}))
 
 def from_diffusers(
-    source:"str|Path|AutoencoderKL", # A folder with config.json and weights (or a pipeline's, with vae/ in it), or the model itself
+    source:str|Path|nn.Module, # A folder with config.json and weights (or a pipeline's, with vae/ in it), or the model itself
 )->Autoencoder:                      # On the CPU, with the statistics that `scaling_factor` and the like stand for
     "The autoencoder of a diffusers model; a folder is read without diffusers being installed"
     if isinstance(source, (str, Path)): config, tensors, where = _kl_folder(Path(source))
@@ -252,7 +252,7 @@ def from_diffusers(
 
 def to_diffusers(
     tok:Autoencoder,     # With or without statistics
-)->"AutoencoderKL":      # Write it with its `save_pretrained(folder)`
+)->nn.Module:      # Write it with its `save_pretrained(folder)`
     "The same network as diffusers' `AutoencoderKL`"
     try: from diffusers import AutoencoderKL
     except ImportError as e: raise ConfigError(f"to_diffusers needs the package diffusers ({e}): pip install diffusers") from None
