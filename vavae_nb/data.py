@@ -308,7 +308,7 @@ def held_out(
 
 # %% ../nbs/04_data.ipynb #68816996
 class Batches:
-    "Batches of `fetch(indices, flip)` in an order set by seed and epoch; each pass is the next epoch; a thread fetches one batch ahead"
+    "Batches of `fetch(indices, flip)` in an order set by seed and epoch; each pass is the next epoch; a thread may fetch one batch ahead"
     def __init__(self,
         n:int,               # Number of items
         fetch:Callable,      # From (indices (b,), flip (b,) bool) to a tuple of tensors
@@ -316,9 +316,10 @@ class Batches:
         seed:int=0,          # Of order and flips
         shuffle:bool=True,   # Else in order, unflipped, with the last short batch
         flip:bool=True,      # Mirror half of the items of a shuffled pass
+        ahead:bool=True,     # Fetch the next batch in a thread while this one is used; in vain where both want the same cores
     ):
         if n < 1 or batch_size < 1: raise DataError(f"cannot make batches of {batch_size} from {n} items")
-        self.n,self.fetch,self.bs,self.seed,self.shuffle,self.flip = n,fetch,min(batch_size, n),seed,shuffle,flip
+        self.n,self.fetch,self.bs,self.seed,self.shuffle,self.flip,self.ahead = n,fetch,min(batch_size, n),seed,shuffle,flip,ahead
         self.epoch = 0
 
     def __len__(self): return self.n//self.bs if self.shuffle else -(-self.n//self.bs)
@@ -329,6 +330,9 @@ class Batches:
         flips = torch.rand(self.n, generator=g) < .5 if self.shuffle and self.flip else torch.zeros(self.n, dtype=torch.bool)
         self.epoch += self.shuffle
         parts = list(zip(order.split(self.bs), flips.split(self.bs)))[:len(self)]
+        if not self.ahead:
+            for part in parts: yield self.fetch(*part)
+            return
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.fetch, *parts[0])
             for part in parts[1:]:

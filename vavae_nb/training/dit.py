@@ -83,7 +83,7 @@ def dit_learner(
     for z in (latents, *([valid] if valid else [])): _check(model, z)
     flow = objective(training)
     if flow.learnt_sigma and not model.config["learn_sigma"]: raise ConfigError("the path 'ddpm' learns a variance: build the model with dit.learn_sigma=true")
-    loader = lambda z, **kw: Batches(len(z), lambda i, flip: (z.batch(i, flip), z.labels[i]), training.batch_size, seed, **kw)
+    loader = lambda z, **kw: Batches(len(z), lambda i, flip: (z.batch(i, flip), z.labels[i]), training.batch_size, seed, ahead=torch.device(device).type != "cpu", **kw)
     dls = Loaders(loader(latents), loader(valid, shuffle=False) if valid else (), device)
     callbacks = [FlowBatch(flow, training.label_dropout, seed, training.uniform_from), Autocast(precision), log or TermsLog(), FiniteGuard(), ClipGrad(training.clip),
                  LRSchedule(training.steps, training.schedule, training.warmup), EMA(training.ema), MaxSteps(training.steps)]

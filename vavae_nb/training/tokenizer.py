@@ -150,7 +150,7 @@ def tokenizer_learner(
         f = () if vf_loss is None or live else (torch.from_numpy(np.asarray(features[i.numpy(), flip.numpy().astype(int)])).float(),)
         return x, x, *f
     def fetch_valid(i, flip): x = valid.batch(i); return x, x
-    dls = Loaders(Batches(len(train), fetch, training.batch_size, seed), Batches(len(valid), fetch_valid, training.batch_size, shuffle=False) if valid else (), device)
+    dls = Loaders(Batches(len(train), fetch, training.batch_size, seed, ahead=torch.device(device).type != "cpu"), Batches(len(valid), fetch_valid, training.batch_size, shuffle=False) if valid else (), device)
     dls.n_inp = 1
     for m in (tokenizer, loss): m.to(memory_format=torch.channels_last)
     callbacks = [PosteriorNoise(seed), Autocast(precision), log or TermsLog(), FiniteGuard(), ClipGrad(training.clip),
