@@ -79,7 +79,7 @@ def _tokenizers():
         out[f"f16d32-dinov2-{name}-b"] = Recipe(f"f16d32 tokenizer, VF loss without {what}; LightningDiT-B, 160 epochs", override(_imagenet, change), "Table 5", _figures(keys, text))
     return out
 
-# %% ../nbs/05_recipes.ipynb #3d033192
+# %% ../nbs/05_recipes.ipynb #a1da6d43
 _vavae = override(_imagenet, {
     "vf.weight": .5, "vf.cos_margin": 0., "vf.distmat_margin": 0., "tokenizer_training.steps": _epochs(100),
     "tokenizer_training.phases": [dict(steps=_epochs(15), vf_weight=.1, cos_margin=0., distmat_margin=0.), dict(steps=_epochs(15))],
@@ -95,7 +95,7 @@ def _lightningdit():
             if epochs == 800: change |= {"dit_training.uniform_from": 400*1250, "sampling.cfg_scale": 6.7, "sampling.cfg_interval": (.125, 1.)}
             expect = _figures("gFID sFID IS precision recall guided_gFID", _table3.get((size, epochs), "")) | ({"gFID": 4.29} if (size, epochs) == ("XL", 80) else {})
             where = "Table 3" if (size, epochs) in _table3 else "Table 1, row 10" if expect else ""
-            out[f"lightningdit-{size.lower()}-{epochs}ep"] = Recipe(f"released three-stage VA-VAE; LightningDiT-{size}, {epochs} epochs", override(_vavae, change), where, expect)
+            out[f"lightningdit-{size.lower()}-{epochs}ep"] = Recipe(f"released three-stage VA-VAE; LightningDiT-{size}, {epochs} epochs" + (", times uniform from epoch 400 (our reading of midway)" if epochs == 800 else ""), override(_vavae, change), where, expect)
     return out
 
 # %% ../nbs/05_recipes.ipynb #73060eaf
