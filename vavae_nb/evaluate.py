@@ -8,10 +8,9 @@ __all__ = ['actions', 'reconstruction', 'generation', 'latents', 'compare', 'mai
 # %% ../nbs/63_evaluate.ipynb #a95186d4
 from argparse import REMAINDER
 from pathlib import Path
-from typing import Any, Iterable
 from fastcore.script import Param, anno_parser, call_parse
 from .commands import dashes, user_errors
-from .core import ConfigError, WeightsError
+from .core import WeightsError
 
 # %% ../nbs/63_evaluate.ipynb #b3531da2
 def _extractors(names, resize, weights, device):

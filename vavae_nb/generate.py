@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterator
 import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 import vavae_nb
 from .config import Config, Sampling
 from .core import CheckpointError, ConfigError, DataError, LabelError, VavaeError, atomic_write, sha256_file, unknown_name
@@ -27,7 +27,7 @@ from .flow.path import paths
 from .flow.sampler import evaluating, sample
 from .latents import load_latent_stats
 from .published import load_dit, load_tokenizer, with_stats
-from .tensors import autocast, check_labels, generator, has_bf16, load_tensors, save_tensors
+from .tensors import autocast, generator, has_bf16, load_tensors, save_tensors
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 
 # %% ../nbs/36_generate.ipynb #c1fec638

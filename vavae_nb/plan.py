@@ -18,7 +18,7 @@ from .config import Config
 from .core import ConfigError, keep_on_disk, unknown_name
 from .data import class_files
 from .dit.model import LightningDiT, count_params, create_dit, flops_per_image
-from .recipes import recipe, recipes
+from .recipes import recipes
 from .tensors import has_bf16, pick_device
 from .tokenizer.adversarial import PatchGAN
 from .tokenizer.autoencoder import Autoencoder, linear_start

@@ -27,7 +27,7 @@ from ..metrics.quality import FeatureStats, fd, nearest_neighbours
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
 from ..plan import build_dit, build_tokenizer
 from ..published import load_tokenizer
-from ..tensors import autocast, generator, has_bf16, load_tensors, pick_device, seed_everything
+from ..tensors import autocast, generator, load_tensors, pick_device, seed_everything
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
 from .callbacks import Every, StepBar, TermsLog
