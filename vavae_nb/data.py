@@ -15,7 +15,7 @@ from typing import Callable, Iterator
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from .core import ConfigError, DataError, atomic_write, cache_dir, progress, unknown_name
+from .core import ConfigError, DataError, atomic_write, cache_dir, keep_on_disk, progress, unknown_name
 from .tensors import generator
 
 # %% ../nbs/04_data.ipynb #bb661c2b
@@ -277,7 +277,7 @@ def first_of_each(
     return np.sort(np.lexsort((labels, turn))[:k])
 
 def _open(root, size, name="", cache="auto"):
-    whole = cache == "always" or cache == "auto" and 3*size*size*len(class_files(root)[0]) <= 20e9
+    whole = keep_on_disk(cache, 3*size*size*len(class_files(root)[0]))
     return (folder if whole else lazy_folder)(root, size, name)
 
 def _load(source, size, cache):
