@@ -6,7 +6,7 @@
 __all__ = ['dashes', 'given_settings', 'process', 'user_errors']
 
 # %% ../nbs/06_commands.ipynb #b5dc3f9c
-import os, re, sys
+import os, re, signal, sys
 from contextlib import contextmanager
 from typing import Callable, Iterable, Iterator
 from .core import ConfigError, VavaeError
@@ -50,13 +50,15 @@ def process(
 # %% ../nbs/06_commands.ipynb #32bdbe02
 @contextmanager
 def user_errors(
-    stopped:str, # What to say after Ctrl-C
+    stopped:str, # What to say after Ctrl-C, or another signal that asks to end
 )->Iterator[None]:
     "End the command with a sentence where a user can do something about the error"
     try: yield
     except VavaeError as e: message = str(e).split("calling event", 1)[-1].split("\n\t", 1)[-1] # fastai puts its callback's name in front
     except OSError as e: message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-    except KeyboardInterrupt: sys.exit(f"stopped; {stopped}")
+    except KeyboardInterrupt as e:
+        print(f"\nstopped{f' by {e}' if str(e) else ''}; {stopped}", file=sys.stderr)
+        sys.exit(128+getattr(e, "signum", signal.SIGINT))
     else: return
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)
