@@ -53,7 +53,7 @@ def _apart(tensors):
         yield k, v.clone() if at in seen else v
         seen.add(at)
 
-# %% ../nbs/47_checkpoints.ipynb #99b235b0
+# %% ../nbs/47_checkpoints.ipynb #d91962df
 class Checkpoints:
     "The checkpoints of a run, in a folder of their own; its newest `keep` and its best are kept"
     def __init__(self,
@@ -75,7 +75,7 @@ class Checkpoints:
         "Write a checkpoint, whole or not at all; then remove those that are not to be kept"
         tree = _flatten(state, "", tensors := {})
         if bad := next((k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), None):
-            raise CheckpointError(f"{bad} is not finite at step {step}: nothing was written, and what there was stays ({self._whole()})")
+            raise CheckpointError(f"{bad} is not finite at step {step}: nothing was written; {self._whole()}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         score = float(score) if score is not None and math.isfinite(score) else None
@@ -90,7 +90,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as e:
             self._sweep()
             raise VavaeError(f"the checkpoint of step {step} could not be written ({getattr(e, 'strerror', None) or e}): it takes {_mb(need)}, and {self.folder} has "
-                             f"{_mb(shutil.disk_usage(self.folder).free)} free. {self._whole()}; make room and call the same command again, which goes on from there") from None
+                             f"{_mb(shutil.disk_usage(self.folder).free)} free; {self._whole()}. Make room and call the same command again, which goes on from there") from None
         self._keep([s for s in self.steps() if s <= step][-self.keep:] + self._best([s for s in self.steps() if s <= step])[:1])
         return data
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sampling_presets', 'Data', 'Foundation', 'VF', 'Tokenizer', 'Phase', 'TokenizerTraining', 'DiT', 'DiTTraining',
-           'Sampling', 'Evaluation', 'Config', 'flat', 'convert', 'override', 'differences', 'save_config',
+           'Sampling', 'Evaluation', 'Saving', 'Config', 'flat', 'convert', 'override', 'differences', 'save_config',
            'load_config']
 
 # %% ../nbs/01_config.ipynb #c1630cbb
@@ -72,7 +72,9 @@ class TokenizerTraining:
     "How the tokenizer is trained: L1 + LPIPS + KL + GAN + VF loss"
     steps:int=1000                        # Batches (of the first phase); 0: `tokenizer.weights` as they are
     phases:tuple[Phase,...]=()            # What follows, each `{steps: 100, vf_weight: 0.1, cos_margin: 0, …}`
-    batch_size:int=64                     # Images
+    batch_size:int=64                     # Images a step, of all processes together
+    accumulate:int=1                      # Parts that a process takes its images in, one after the other, to save memory
+    grad_checkpointing:bool=False         # Compute activations again in the backward pass, to save memory
     precision:str=""                      # Of this training alone, as `precision`; empty: the run's
     lr:float=1e-4                         # Of both optimizers' Adam
     betas:tuple[float,float]=(.5, .9)     # Of both
@@ -108,7 +110,9 @@ class DiT:
 class DiTTraining:
     "How LightningDiT is trained on latents: rectified flow with a direction loss"
     steps:int=1000                      # Batches
-    batch_size:int=64                   # Latents
+    batch_size:int=64                   # Latents a step, of all processes together
+    accumulate:int=1                    # Parts that a process takes its latents in, one after the other, to save memory
+    grad_checkpointing:bool=False       # Compute activations again in the backward pass, to save memory
     lr:float=2e-4                       # Of AdamW; never scaled silently
     betas:tuple[float,float]=(.9, .95)  # Of AdamW
     weight_decay:float=0.               # Of AdamW
@@ -145,6 +149,15 @@ class Evaluation:
     batch_size:int=100                           # Images
     dashboard_every:int=0                        # Steps between two looks at the latent space while the tokenizer trains; 0: none
 
+@dataclass(frozen=True)
+class Saving:
+    "What a training keeps while it runs; changes no number, so it may differ in a run that goes on"
+    every:int=1000         # Steps between two checkpoints
+    keep:int=2             # Newest checkpoints kept, beside the best
+    log_every:int=25       # Steps a row of the log is the mean of
+    tensorboard:bool=False # Log to TensorBoard, too
+    wandb:str=""           # Log to this project of Weights & Biases, too
+
 sampling_presets = {
     "paper-800ep": {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 6.7,
                     "sampling.cfg_interval": (.125, 1.), "sampling.cfg_channels": 3},
@@ -162,7 +175,8 @@ class Config:
     recipe:str="tiny"      # The recipe that it started from
     seed:int=0             # Of everything random
     device:str="auto"      # `auto`, `cpu`, `cuda`, `cuda:N`, `mps`
-    precision:str="auto"   # `auto` (bf16 where the device has it), `fp32`, `bf16`
+    precision:str="auto"   # `auto` (bf16 where the device has it), `fp32`, `tf32`, `bf16`
+    patience:int=5         # Steps in a row without a finite loss and gradient, each skipped, before a training stops
     data:Data=field(default_factory=Data)
     foundation:Foundation=field(default_factory=Foundation)
     vf:VF=field(default_factory=VF)
@@ -172,6 +186,7 @@ class Config:
     dit_training:DiTTraining=field(default_factory=DiTTraining)
     sampling:Sampling=field(default_factory=Sampling)
     evaluation:Evaluation=field(default_factory=Evaluation)
+    saving:Saving=field(default_factory=Saving)
 
 # %% ../nbs/01_config.ipynb #815458a8
 def flat(

@@ -16,6 +16,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .core import ConfigError, DataError, atomic_write, cache_dir, keep_on_disk, progress, unknown_name
+from .processes import share, world_size
 from .tensors import generator
 
 # %% ../nbs/04_data.ipynb #bb661c2b
@@ -312,7 +313,7 @@ class Batches:
     def __init__(self,
         n:int,               # Number of items
         fetch:Callable,      # From (indices (b,), flip (b,) bool) to a tuple of tensors
-        batch_size:int=64,   # Items a batch
+        batch_size:int=64,   # Items a batch, of all processes together
         seed:int=0,          # Of order and flips
         shuffle:bool=True,   # Else in order, unflipped, with the last short batch
         flip:bool=True,      # Mirror half of the items of a shuffled pass
@@ -320,22 +321,34 @@ class Batches:
     ):
         if n < 1 or batch_size < 1: raise DataError(f"cannot make batches of {batch_size} from {n} items")
         self.n,self.fetch,self.bs,self.seed,self.shuffle,self.flip,self.ahead = n,fetch,min(batch_size, n),seed,shuffle,flip,ahead
-        self.epoch = 0
+        self.rows = share(self.bs) if shuffle else slice(None) # Of each batch those of this process; of a pass in order, all
+        self.epoch,self.start,self.indices = 0,0,None          # `indices`: of the batch that was given out last
 
     def __len__(self): return self.n//self.bs if self.shuffle else -(-self.n//self.bs)
+    @property
+    def share(self)->float: return (self.rows.stop-self.rows.start)/self.bs if self.shuffle else 1. # Of this process in each batch
+
+    def seek(self,
+        batch:int, # Batches given out before, over all epochs
+    ):
+        "Go on in the middle: the next pass is the rest of that batch's epoch"
+        self.epoch,self.start = divmod(batch, len(self))
 
     def __iter__(self)->Iterator[tuple[Tensor,...]]:
         g = generator(self.seed, f"order/{self.epoch}")
         order = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
         flips = torch.rand(self.n, generator=g) < .5 if self.shuffle and self.flip else torch.zeros(self.n, dtype=torch.bool)
-        self.epoch += self.shuffle
-        parts = list(zip(order.split(self.bs), flips.split(self.bs)))[:len(self)]
+        parts = [(i[self.rows], f[self.rows]) for i,f in zip(order.split(self.bs), flips.split(self.bs))][self.start:len(self)]
+        self.epoch,self.start = self.epoch+self.shuffle,0
+        for self.indices,batch in self._fetched(parts): yield batch
+
+    def _fetched(self, parts):
         if not self.ahead:
-            for part in parts: yield self.fetch(*part)
+            for i,f in parts: yield i, self.fetch(i, f)
             return
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.fetch, *parts[0])
-            for part in parts[1:]:
-                batch, coming = coming.result(), ahead.submit(self.fetch, *part)
-                yield batch
-            yield coming.result()
+            for (i,_),nxt in zip(parts, [*parts[1:], None]):
+                batch = coming.result()
+                if nxt: coming = ahead.submit(self.fetch, *nxt)
+                yield i, batch

@@ -27,7 +27,7 @@ from .flow.path import paths
 from .flow.sampler import evaluating, sample
 from .latents import load_latent_stats
 from .published import load_dit, load_tokenizer, with_stats
-from .tensors import autocast, generator, has_bf16, load_tensors, save_tensors
+from .tensors import autocast, generator, load_tensors, resolve_precision, save_tensors
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 
 # %% ../nbs/36_generate.ipynb #c1fec638
@@ -219,7 +219,7 @@ def versions(
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return dict(vavae_nb=vavae_nb.__version__, commit=commit, torch=torch.__version__, python=platform.python_version(),
                 device=gpu or f"{device} ({platform.machine()}, {os.cpu_count()} cores)", threads=torch.get_num_threads(),
-                precision="bf16" if precision == "bf16" or precision == "auto" and has_bf16(device) else "fp32")
+                precision=resolve_precision(device, precision))
 
 # %% ../nbs/36_generate.ipynb #1ca6b23e
 def settings_of(

@@ -7,9 +7,10 @@ __all__ = ['shard_ranges', 'shard_files', 'open_shard', 'extract_shards', 'laten
            'load_latent_stats', 'record_statistics', 'describe_folder', 'Latents', 'missing_shards', 'load_latents']
 
 # %% ../nbs/20_latents.ipynb #45696f67
-import json, platform, re, shutil, warnings
+import json, os, platform, re, shutil, warnings
 from itertools import accumulate
 from pathlib import Path
+from typing import Iterable
 import torch
 import vavae_nb
 from safetensors import SafetensorError
@@ -57,16 +58,17 @@ def open_shard(
     return t, meta
 
 # %% ../nbs/20_latents.ipynb #c40d7ef7
-def _kept(folder, about, replace):
-    "The whole shards of the same extraction that are there; damaged ones go, those of another are refused or replaced"
+def _kept(folder, about, replace, own):
+    "The whole shards of the same extraction that are there; damaged ones go, those of another are refused or replaced. Only files that are its own does a process delete"
     kept = set()
     for path in shard_files(folder):
         try: meta = open_shard(path)[1]
         except VavaeError as e:
-            warnings.warn(f"{e} — it is extracted again"); path.unlink(missing_ok=True); continue
+            if own(path.name): warnings.warn(f"{e} — it is extracted again"); path.unlink(missing_ok=True)
+            continue
         if other := [f"{k} is {meta.get(k, 'not said')} there and {v} now" for k,v in about.items() if meta.get(k) != v and k != "classes"]:
             if not replace: raise CheckpointError(f"{path} is of another extraction ({'; '.join(other)}); choose another folder, or delete the shards in it")
-            path.unlink(missing_ok=True)
+            if own(path.name): path.unlink(missing_ok=True)
         else: kept.add(path.name)
     return kept
 
@@ -80,25 +82,28 @@ def extract_shards(
     batch_size:int=100,    # Images
     per_shard:int=10_000,  # Images a shard, at most
     rank:int=0,            # Which process this is
-    world_size:int=1,      # Processes that share the work, each with its own shards
+    world_size:int=1,      # Processes that share the work, each with shards of its own names
+    share:tuple[int,int]=(0, 1), # Which of how many that share the shards of this rank: their names and contents do not depend on it
     precision:str="auto",  # `auto`, `fp32` or `bf16`
     replace:bool=False,    # Delete shards of another extraction, instead of refusing them
 )->list[Path]:             # The shards of this process
     "Write a posterior sample of each image and of its mirror image; whole shards of an interrupted call are kept"
-    if not 0 <= rank < world_size: raise ConfigError(f"rank {rank} of {world_size} processes; ranks are 0 to {world_size-1}")
+    for r,of in ((rank, world_size), share):
+        if not 0 <= r < of: raise ConfigError(f"rank {r} of {of} processes; ranks are 0 to {of-1}")
     folder, device, training = Path(folder), tokenizer.encoder_last.device, tokenizer.training
     autocast(device, precision) # Refuses an unknown name
     bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
     about = dict(tokenizer=tokenizer.fingerprint(), data=images.name, data_fingerprint=images.fingerprint, classes=list(images.classes), n=len(images), seed=seed,
                  per_shard=per_shard, world_size=world_size, precision="bf16" if bf16 else "fp32")
-    mine = {k: v for k,v in shard_ranges(len(images), per_shard, world_size).items() if int(_shard.match(k)[1]) == rank}
-    kept = _kept(folder, about, replace)
-    for left in folder.glob(f".latents_rank{rank:02d}_*"): left.unlink() # Of a process that was killed
+    layout = shard_ranges(len(images), per_shard, world_size)
+    mine = dict([kv for kv in layout.items() if int(_shard.match(kv[0])[1]) == rank][share[0]::share[1]])
+    kept = _kept(folder, about, replace, lambda name: name in mine or name not in layout and rank == share[0] == 0)
+    for left in (p for k in mine for p in folder.glob(f".{k}.*")): left.unlink() # Of a process that was killed
     todo = {k: v for k,v in mine.items() if k not in kept}
     size = images.size//tokenizer.downsampling
     _check_room(folder, sum(b-a for a,b in todo.values())*2*4*tokenizer.latent_dim*size**2)
     tokenizer.eval()
-    with progress(desc="encoding" if world_size == 1 else f"encoding, process {rank} of {world_size}", total=sum(b-a for a,b in mine.values()), unit="image") as bar:
+    with progress(desc="encoding" if world_size*share[1] == 1 else f"encoding, process {rank+share[0]} of {world_size*share[1]}", total=sum(b-a for a,b in mine.values()), unit="image") as bar:
         bar.n = bar.initial = bar.total-sum(b-a for a,b in todo.values()) # What was there does not count for the estimate
         for name,(a,b) in todo.items():
             tensors, which = _encode(tokenizer, images, a, b, seed, batch_size, precision, bar)
@@ -218,8 +223,10 @@ class Latents:
         std:Tensor|float=1.,           # To divide by, (1, d, 1, 1)
         classes:list[str]|None=None,   # Names of the classes, if known
         name:str="latents",            # What a report calls them
+        files:Iterable[str|Path]=(),   # Of the shards, if these are mapped: then each batch looks whether they are still whole
     ):
         self.shards,self.mean,self.std,self.classes,self.name = shards,mean,std,classes,name
+        self.files,self._cut = [(Path(p), os.stat(p)) for p in files],set()
         self.labels = torch.cat([s["labels"].long() for s in shards])
         self.starts = torch.tensor([0, *accumulate(len(s["labels"]) for s in shards)])
         self.shape = tuple(shards[0]["latents"].shape[1:])
@@ -244,10 +251,34 @@ class Latents:
     )->Tensor:                  # (b, d, h, w) float32, normalised
         "The latents at `indices`"
         i = torch.arange(len(self))[indices]
-        shard, flip = torch.searchsorted(self.starts, i, right=True)-1, torch.as_tensor(flip).expand(len(i))
+        if cut := [s for s in self._shard(i).unique().tolist() if not self._whole(s)]:
+            i = torch.tensor([self._instead(k) if s in cut else k for k,s in zip(i.tolist(), self._shard(i).tolist())])
+        shard, flip = self._shard(i), torch.as_tensor(flip).expand(len(i))
         rows = zip(shard.tolist(), flip.tolist(), (i-self.starts[shard]).tolist())
         z = torch.stack([self.shards[s]["latents_flip" if f else "latents"][r] for s,f,r in rows]) # Views until here: one copy
         return z.float().sub_(self.mean).div_(self.std)
+
+    def _shard(self, i): return torch.searchsorted(self.starts, i, right=True)-1
+
+    def _whole(self, s): # Is this shard's file what was opened?
+        if not self.files or s in self._cut: return not self.files
+        path, then = self.files[s]
+        go_on = "The run's checkpoints are whole: restore the file, or extract it again (whole shards are kept), then give the same training command"
+        try: now = os.stat(path)
+        except OSError as e: raise DataError(f"{path} has disappeared since it was opened ({e.strerror}). {go_on}") from None
+        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino) or now.st_size > then.st_size: raise DataError(f"{path} has been replaced since it was opened. {go_on}")
+        if now.st_size == then.st_size: return True
+        self._cut.add(s)
+        warnings.warn(f"{path} has been cut short, to {now.st_size:,} of {then.st_size:,} bytes: for each of its latents the next of the same class in a whole shard is taken. "
+                      "Before the training is started again, restore it or extract it again")
+        return False
+
+    def _instead(self, i): # The next of the same class in a whole shard, whatever the batch
+        same = (self.labels == self.labels[i]).nonzero().flatten()
+        for j in same.roll(-int(torch.searchsorted(same, i))-1).tolist():
+            if self._whole(int(self._shard(torch.tensor(j)))): return j
+        cut = ", ".join(str(self.files[s][0]) for s in sorted(self._cut))
+        raise DataError(f"no whole shard holds a latent of class {self.labels[i]}: {cut} cut short. The run's checkpoints are whole: restore or extract again, then give the same training command")
 
 # %% ../nbs/20_latents.ipynb #7aad91a4
 def _no_shards(folder): return DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); make them with python -m vavae_nb.extract")
@@ -290,7 +321,7 @@ def load_latents(
     _same_statistics(tokenizer, folder/"latents_stats.pt")
     stats = (o.cpu() for o in (tokenizer.latent_mean, tokenizer.latent_std))
     meta = next(iter(metas.values()))
-    return Latents([t for t,_ in opened.values()], *stats, meta.get("classes") if not silent else None, meta.get("data", folder.name))
+    return Latents([t for t,_ in opened.values()], *stats, meta.get("classes") if not silent else None, meta.get("data", folder.name), [folder/k for k in opened])
 
 def _same_statistics(tokenizer, path):
     if not path.exists(): return tokenizer._check_stats()

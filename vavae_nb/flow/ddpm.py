@@ -146,17 +146,24 @@ class DDPMLoss:
     schedule:NoiseSchedule=field(default_factory=linear_schedule) # The steps to train at
     learnt_sigma = True # The model is called with `return_sigma=True`
 
+    def draw(self,
+        shape:tuple[int,...],                # Of a batch of latents, (b, d, h, w)
+        generator:torch.Generator|None=None, # For steps and noise; best on the latents' device
+        device:torch.device|None=None,       # Where to; default: where the generator is
+    )->tuple[Tensor,Tensor]:                 # Noise, and steps (b,) float32, whole numbers
+        "What a step of training draws"
+        u = _draw(torch.rand, (shape[0],), generator, device)
+        steps = self.schedule.steps.to(u.device)
+        return _draw(torch.randn, shape, generator, device), steps[(len(steps)*u).long()].float()
+
     def prepare(self,
         x1:Tensor,                           # Latents of about unit width, (b, d, h, w)
         generator:torch.Generator|None=None, # For steps and noise; best on the latents' device
         x0:Tensor|None=None,                 # Noise; default: drawn
         t:Tensor|None=None,                  # Steps, (b,); default: drawn
     )->tuple[Tensor,Tensor,Tensor]:          # xt; t (b,) float32, whole numbers; the target (b, 2, d, h, w): noise and latents
-        "Draw steps and noise"
-        if t is None:
-            steps = self.schedule.steps.to(x1.device)
-            t = steps[(len(steps)*_draw(torch.rand, (len(x1),), generator, x1.device)).long()].float()
-        if x0 is None: x0 = _draw(torch.randn, x1.shape, generator, x1.device)
+        "Join latents with the noise and the steps that are given, or drawn"
+        if x0 is None or t is None: x0, t = (given if given is not None else new for given,new in zip((x0, t), self.draw(x1.shape, generator, x1.device)))
         return self.schedule.xt(x0, x1, t), t, torch.stack([x0, x1.to(x0.dtype)], 1)
 
     def loss(self,

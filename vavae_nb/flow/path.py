@@ -213,15 +213,23 @@ class FlowLoss:
         _check_prediction(self.prediction)
         if self.times not in time_dists: raise ConfigError(unknown_name("distribution of times", self.times, time_dists))
 
+    def draw(self,
+        shape:tuple[int,...],                # Of a batch of latents, (b, d, h, w)
+        generator:torch.Generator|None=None, # For times and noise; best on the latents' device
+        device:torch.device|None=None,       # Where to; default: where the generator is
+    )->tuple[Tensor,Tensor]:                 # Noise, and times (b,)
+        "What a step draws"
+        t = sample_times(shape[0], self.times, generator, device, interval=self.path.interval(self.prediction))
+        return _draw(torch.randn, shape, generator, device), t
+
     def prepare(self,
         x1:Tensor,                           # Normalised latents, (b, d, h, w)
         generator:torch.Generator|None=None, # For times and noise; best on the latents' device
         x0:Tensor|None=None,                 # Noise; default: drawn
         t:Tensor|None=None,                  # Times, (b,); default: drawn
     )->tuple[Tensor,Tensor,Tensor]:          # xt, t and the target
-        "Draw times and noise"
-        if t is None: t = sample_times(len(x1), self.times, generator, x1.device, interval=self.path.interval(self.prediction))
-        if x0 is None: x0 = _draw(torch.randn, x1.shape, generator, x1.device)
+        "Join latents with the noise and the times that are given, or drawn"
+        if x0 is None or t is None: x0, t = (given if given is not None else new for given,new in zip((x0, t), self.draw(x1.shape, generator, x1.device)))
         return self.path.xt(x0, x1, t), t, self.path.target(x0, x1, t, self.prediction)
 
     def loss(self,

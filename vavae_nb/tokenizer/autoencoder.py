@@ -12,6 +12,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from ..core import CheckpointError, ConfigError, DataError, ShapeError
 from ..tensors import load_into, load_tensors, save_tensors
 
@@ -32,10 +33,11 @@ class Posterior:
         return (.5*self.logvar).exp()
 
     def sample(self,
-        generator:torch.Generator|None=None, # On the device of the moments
-    )->Tensor:                               # Raw latents, (b, d, h, w)
+        noise:torch.Generator|Tensor|None=None, # ε itself, (b, d, h, w), or what draws it, on the device of the moments
+    )->Tensor:                                  # Raw latents, (b, d, h, w)
         "A draw, differentiable in the moments"
-        return self.mean + self.std*torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        if not isinstance(noise, Tensor): noise = torch.randn(self.mean.shape, generator=noise, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std*noise
 
     def mode(self)->Tensor: # (b, d, h, w)
         "The most likely latent"
@@ -135,11 +137,15 @@ class Middle(nn.Module):
     def forward(self, x:Tensor)->Tensor: return self.block_2(self.attn_1(self.block_1(x)))
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #be654c1d
+def _run(module, x, again): # With `again`, its activations are not kept but computed once more in the backward pass
+    return checkpoint(module, x, use_reentrant=False) if again and torch.is_grad_enabled() else module(x)
+
 class Encoder(nn.Module):
     "From images to 2d channels of moments (before `quant_conv`); the arguments are those of `Autoencoder`"
     def __init__(self, latent_dim:int, ch:int, ch_mult:tuple[int,...], num_res_blocks:int, attn_resolutions:tuple[int,...],
                  resolution:int, in_channels:int, norm_groups:int):
         super().__init__()
+        self.grad_checkpointing = False
         widths, last = [ch*m for m in ch_mult], len(ch_mult)-1
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList(
@@ -151,7 +157,7 @@ class Encoder(nn.Module):
 
     def forward(self, x:Tensor)->Tensor:
         x = self.conv_in(x)
-        for level in self.down: x = level(x)
+        for level in self.down: x = _run(level, x, self.grad_checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 class Decoder(nn.Module):
@@ -159,6 +165,7 @@ class Decoder(nn.Module):
     def __init__(self, latent_dim:int, ch:int, ch_mult:tuple[int,...], num_res_blocks:int, attn_resolutions:tuple[int,...],
                  resolution:int, in_channels:int, norm_groups:int):
         super().__init__()
+        self.grad_checkpointing = False
         widths = [ch*m for m in ch_mult]
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], norm_groups)
@@ -170,7 +177,7 @@ class Decoder(nn.Module):
 
     def forward(self, z:Tensor)->Tensor:
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up): x = level(x)
+        for level in reversed(self.up): x = _run(level, x, self.grad_checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #301df1d8
@@ -211,6 +218,13 @@ class Autoencoder(nn.Module):
         for k in ("latent_mean", "latent_std"): self.register_buffer(k, None, persistent=False) # Not in the state dict: its names stay the published ones
         self.latent_how, self._latent_of = None, None
 
+    @property
+    def grad_checkpointing(self)->bool:
+        "Are activations computed again in the backward pass, to save memory?"
+        return self.decoder.grad_checkpointing
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, on): self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = on
+
     def posterior(self,
         x:Tensor,   # Images in [−1, 1], (b, 3, H, W)
     )->Posterior:   # Over raw latents, (b, d, H/f, W/f)
@@ -228,12 +242,12 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self,
-        x:Tensor,                            # Images in [−1, 1], (b, 3, H, W)
-        generator:torch.Generator|None=None, # On the device of the model
-    )->tuple[Tensor,Posterior,Tensor]:       # Reconstruction, posterior, and the raw sample `z` it was decoded from
+        x:Tensor,                               # Images in [−1, 1], (b, 3, H, W)
+        noise:torch.Generator|Tensor|None=None, # As for `Posterior.sample`
+    )->tuple[Tensor,Posterior,Tensor]:          # Reconstruction, posterior, and the raw sample `z` it was decoded from
         "Encode, sample, decode"
         posterior = self.posterior(x)
-        z = posterior.sample(generator)
+        z = posterior.sample(noise)
         return self.decode_raw(z), posterior, z
 
     @property
