@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'CheckpointError', 'ShapeError', 'LabelError', 'Stopped',
-           'nearest_name', 'unknown_name', 'atomic_write', 'sha256_file', 'cache_dir', 'keep_on_disk', 'progress']
+           'nearest_name', 'unknown_name', 'atomic_write', 'sha256_file', 'cache_dir', 'keep_on_disk', 'spoken',
+           'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
-import difflib, hashlib, os, signal, sys, tempfile
+import difflib, hashlib, os, signal, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
+from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #24e13f04
@@ -90,14 +92,60 @@ def keep_on_disk(
     if when not in (known := ("always", "never", "auto")): raise ConfigError(unknown_name("cache", when, known))
     return when == "always" or when == "auto" and size <= 20e9
 
+# %% ../nbs/00_core.ipynb #0d686afa
+def spoken(
+    seconds:float, # A duration, ≥ 0
+)->str:
+    "A duration in its two largest units"
+    s = round(seconds)
+    units = ((s//86400, "d"), (s//3600 % 24, "h"), (s//60 % 60, "min"), (s % 60, "s"))
+    first = next((i for i,(n,_) in enumerate(units) if n), 3)
+    return " ".join(f"{n} {u}" for n,u in units[first:first+2])
+
+class ProgressLines:
+    "Progress in lines, for a log file; of tqdm's methods those that are used here"
+    def __init__(self,
+        it:Iterable|None=None, # What to go through
+        desc:str="",           # What is being done
+        total:int|None=None,   # Number of items, where `it` does not know it
+        unit:str="item",       # What an item is
+        initial:int=0,         # Items done before, which do not count in the rate
+        every:float=10.,       # Seconds between lines
+        file=None,             # Default: standard error
+    ):
+        self.it,self.desc,self.unit,self.n,self.initial,self.every,self.file = it,desc,unit,initial,initial,every,file or sys.stderr
+        self.total,self.note,self.closed = len(it) if total is None and hasattr(it, "__len__") else total,"",False
+        self.start = self.last = time.monotonic()
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+    def __iter__(self):
+        try:
+            for o in self.it: yield o; self.update()
+        finally: self.close()
+    def set_postfix_str(self, s="", refresh=True): self.note = s
+    def update(self, n=1):
+        self.n += n
+        if time.monotonic()-self.last >= self.every: self.refresh()
+    def close(self):
+        if not self.closed: self.closed = True; self.refresh()
+    def refresh(self):
+        self.last = time.monotonic()
+        seconds = self.last-self.start
+        rate, of, units = (self.n-self.initial)/max(seconds, 1e-9), f"/{self.total}" if self.total else "", self.unit+("es" if self.unit.endswith("ch") else "s")
+        left = f"{spoken((self.total-self.n)/rate)} left" if self.total and rate and not self.closed else f"in {spoken(seconds)}"
+        speed = f"{rate:{',.0f' if rate >= 100 else '.1f' if rate >= 1 else '.2g'}} {units}/s"
+        print(f"{self.desc}: {self.n}{of} {units}, {speed}, {left}"+(f", {self.note}" if self.note else ""), file=self.file, flush=True)
+
 # %% ../nbs/00_core.ipynb #941f1318
 def progress(
     it:Iterable|None=None, # What to go through
     desc:str="",           # What is being done
     total:int|None=None,   # Number of items, where `it` does not know it
-    unit:str="it",         # What an item is
-)->tqdm:                   # The bar, to iterate over or to `update`
-    "A progress bar with an estimate of the time left; on a log file one line every ten seconds"
-    slow = not sys.stderr.isatty()
-    return tqdm(it, desc=desc, total=total, unit=unit, dynamic_ncols=not slow, ncols=100 if slow else None,
-                mininterval=10 if slow else .2, maxinterval=30 if slow else 10, file=sys.stderr)
+    unit:str="item",       # What an item is
+    initial:int=0,         # Items done before
+)->tqdm|ProgressLines:     # The bar, to iterate over or to `update`
+    "A progress bar with an estimate of the time left; lines where there is no terminal; silent in all but a machine's first process"
+    silent, notebook = int(os.environ.get("LOCAL_RANK") or 0) > 0, tqdm is not tqdm_asyncio
+    if silent or notebook or sys.stderr.isatty():
+        return tqdm(it, desc=desc, total=total, unit=unit, initial=initial, disable=silent, dynamic_ncols=not notebook, mininterval=.2, file=sys.stderr)
+    return ProgressLines(it, desc, total, unit, initial)
