@@ -215,6 +215,8 @@ def describe_folder(
     with atomic_write(folder/"latents.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
 
 # %% ../nbs/20_latents.ipynb #2325513b
+_go_on = "The run's checkpoints are whole: restore the file, or extract it again (whole shards are kept), then give the same training command"
+
 class Latents:
     "Normalised latents and labels; `batch(indices, flip)` gathers them from shards, mapped or in memory"
     def __init__(self,
@@ -261,12 +263,11 @@ class Latents:
     def _shard(self, i): return torch.searchsorted(self.starts, i, right=True)-1
 
     def _whole(self, s): # Is this shard's file what was opened?
-        if not self.files or s in self._cut: return not self.files
+        if not self.files or s in self._cut: return s not in self._cut
         path, then = self.files[s]
-        go_on = "The run's checkpoints are whole: restore the file, or extract it again (whole shards are kept), then give the same training command"
         try: now = os.stat(path)
-        except OSError as e: raise DataError(f"{path} has disappeared since it was opened ({e.strerror}). {go_on}") from None
-        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino) or now.st_size > then.st_size: raise DataError(f"{path} has been replaced since it was opened. {go_on}")
+        except OSError as e: raise DataError(f"{path} has disappeared since it was opened ({e.strerror}). {_go_on}") from None
+        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino) or now.st_size > then.st_size: raise DataError(f"{path} has been replaced since it was opened. {_go_on}")
         if now.st_size == then.st_size: return True
         self._cut.add(s)
         warnings.warn(f"{path} has been cut short, to {now.st_size:,} of {then.st_size:,} bytes: for each of its latents the next of the same class in a whole shard is taken. "
@@ -278,7 +279,7 @@ class Latents:
         for j in same.roll(-int(torch.searchsorted(same, i))-1).tolist():
             if self._whole(int(self._shard(torch.tensor(j)))): return j
         cut = ", ".join(str(self.files[s][0]) for s in sorted(self._cut))
-        raise DataError(f"no whole shard holds a latent of class {self.labels[i]}: {cut} cut short. The run's checkpoints are whole: restore or extract again, then give the same training command")
+        raise DataError(f"no whole shard holds a latent of class {self.labels[i]}: {cut} cut short. {_go_on}")
 
 # %% ../nbs/20_latents.ipynb #7aad91a4
 def _no_shards(folder): return DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); make them with python -m vavae_nb.extract")
