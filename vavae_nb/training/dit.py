@@ -12,6 +12,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import get_model
 from torch import Tensor
 from ..config import DiTTraining
 from ..core import ConfigError, LabelError, ShapeError, unknown_name
@@ -21,7 +22,8 @@ from ..flow.ddpm import DDPMLoss
 from ..flow.path import FlowLoss, paths
 from ..latents import Latents
 from ..tensors import check_labels, generator
-from .callbacks import Autocast, ClipGrad, EMA, FiniteGuard, LRSchedule, Loaders, MaxSteps, TermsLog
+from .callbacks import Autocast, ClipGrad, DataParallel, EMA, FiniteGuard, LRSchedule, Loaders, MaxSteps, MicroBatches
+from .logs import TermsLog
 
 # %% ../../nbs/52_training.dit.ipynb #5fdbb82a
 def objective(
@@ -33,29 +35,29 @@ def objective(
     return FlowLoss(paths[training.path], training.prediction, training.times, training.direction_weight)
 
 class FlowBatch(Callback):
-    "Turn (latents, labels) into the model's inputs (xt, t, y) and the loss's (target, t)"
+    "Turn (latents, labels) into the model's inputs (xt, t, y) and the loss's (target, t); what is drawn is drawn for the global batch, a function of seed and step"
     def __init__(self,
         flow:FlowLoss|DDPMLoss, # Path, prediction and distribution of times
         label_dropout:float=.1, # Share of labels replaced by the null class in training
         seed:int=0,             # The run's seed
         uniform_from:int=0,     # Step from which times are uniform after all; 0: never
     ): self.flow,self.label_dropout,self.seed,self.uniform_from = flow,label_dropout,seed,uniform_from
-    def before_fit(self): self.g = self._generator("flow")
-    def before_validate(self): self.g_valid = self._generator("flow, validation") # The same draws at each validation
-    def _generator(self, purpose): return generator(self.seed, purpose, next(self.model.parameters()).device)
     def before_batch(self):
-        (x1,), (y,) = self.xb, self.yb
-        g = self.g if self.training else self.g_valid
-        if self.training and self.uniform_from and self.train_iter == self.uniform_from: self.flow = replace(self.flow, times="uniform")
-        xt, t, target = self.flow.prepare(x1, g)
-        if self.training: y = drop_labels(y, self.label_dropout, self.model.null_class, g)
-        self.learn.xb, self.learn.yb = (xt, t, y, self.flow.learnt_sigma), (target, t)
+        (x1,), (y,), dl = self.xb, self.yb, self.dl
+        n, purpose = (dl.bs, f"flow/{self.train_iter}") if self.training else (len(x1), f"flow, validation/{self.iter}") # The same draws at each validation
+        flow = replace(self.flow, times="uniform") if self.training and 0 < self.uniform_from <= self.train_iter else self.flow
+        g = generator(self.seed, purpose, x1.device)
+        x0, t = (o[dl.rows] for o in flow.draw((n, *x1.shape[1:]), g, x1.device))
+        xt, t, target = flow.prepare(x1, x0=x0, t=t)
+        if self.training: y = torch.where(drop_labels(torch.zeros(n, dtype=torch.long, device=y.device), self.label_dropout, 1, g)[dl.rows] == 1, get_model(self.model).null_class, y)
+        self.learn.xb, self.learn.yb = (xt, t, y, flow.learnt_sigma), (target, t)
 
 class DiTLoss:
     "The flow's loss, with its `loss/…` terms for the log"
     def __init__(self,
         flow:FlowLoss|DDPMLoss, # Says how pred and target are compared
-    ): self.flow,self.terms = flow,{}
+        share:float=1.,         # Part of the global batch that it is given; what it returns is multiplied by it
+    ): self.flow,self.share,self.terms = flow,share,{}
     def __call__(self,
         pred:Tensor,   # Of the model, (b, d, h, w), or (b, 2d, h, w) with a learnt sigma
         target:Tensor, # What it should be
@@ -63,8 +65,8 @@ class DiTLoss:
     )->Tensor:
         loss, parts = self.flow.loss(pred.float(), target, t)
         weights = {"flow_direction": getattr(self.flow, "direction_weight", None)}
-        self.terms = {f"loss/{k.split('_')[1]}": weights.get(k, 1.)*v for k,v in parts.items()}
-        return loss
+        self.terms = {f"loss/{k.split('_')[1]}": self.share*weights.get(k, 1.)*v for k,v in parts.items()}
+        return self.share*loss
 
 # %% ../../nbs/52_training.dit.ipynb #95657d01
 def dit_learner(
@@ -74,21 +76,23 @@ def dit_learner(
     valid:Latents|None=None,                 # To validate on after each epoch, if given
     training:DiTTraining=DiTTraining(),      # Everything else
     device:str|torch.device="cpu",           # Where
-    precision:str="auto",                    # `auto`, `fp32`, `bf16`
+    precision:str="auto",                    # One of `tensors.precisions`
+    patience:int=5,                          # As for `FiniteGuard`
     seed:int=0,                              # Of order, flips, times, noise, dropped labels
     log:TermsLog|None=None,                  # Where the terms go; default: into memory
     cbs=(),                                  # More callbacks
-)->Learner:                                  # `fit(n)` trains n epochs, at most `training.steps` batches; `learn.ema` holds the average
+)->Learner:                                  # `fit_steps(learn, n)` trains n batches, at most `training.steps`; `learn.ema` holds the average
     "A Learner for LightningDiT on latents"
     for z in (latents, *([valid] if valid else [])): _check(model, z)
     flow = objective(training)
     if flow.learnt_sigma and not model.config["learn_sigma"]: raise ConfigError("the path 'ddpm' learns a variance: build the model with dit.learn_sigma=true")
     loader = lambda z, **kw: Batches(len(z), lambda i, flip: (z.batch(i, flip), z.labels[i]), training.batch_size, seed, ahead=torch.device(device).type != "cpu", **kw)
     dls = Loaders(loader(latents), loader(valid, shuffle=False) if valid else (), device)
-    callbacks = [FlowBatch(flow, training.label_dropout, seed, training.uniform_from), Autocast(precision), log or TermsLog(), FiniteGuard(), ClipGrad(training.clip),
-                 LRSchedule(training.steps, training.schedule, training.warmup), EMA(training.ema), MaxSteps(training.steps)]
+    model.grad_checkpointing = training.grad_checkpointing
+    callbacks = [FlowBatch(flow, training.label_dropout, seed, training.uniform_from), Autocast(precision), MicroBatches(training.accumulate), log or TermsLog(), ClipGrad(training.clip),
+                 FiniteGuard(patience), DataParallel(), LRSchedule(training.steps, training.schedule, training.warmup), EMA(training.ema), MaxSteps(training.steps)]
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, betas=training.betas, weight_decay=training.weight_decay, fused=True)
-    return Learner(dls, model, DiTLoss(flow), opt_func=opt, lr=training.lr, wd=training.weight_decay, cbs=[*callbacks, *cbs])
+    return Learner(dls, model, DiTLoss(flow, dls.train.share), opt_func=opt, lr=training.lr, wd=training.weight_decay, cbs=[*callbacks, *cbs])
 
 def _check(model, z):
     want = (model.in_channels, model.input_size, model.input_size)
