@@ -53,7 +53,7 @@ def _apart(tensors):
         yield k, v.clone() if at in seen else v
         seen.add(at)
 
-# %% ../nbs/47_checkpoints.ipynb #d91962df
+# %% ../nbs/47_checkpoints.ipynb #da55b6d9
 class Checkpoints:
     "The checkpoints of a run, in a folder of their own; its newest `keep` and its best are kept"
     def __init__(self,
@@ -89,9 +89,11 @@ class Checkpoints:
             _sync(self.folder)
         except (OSError, SafetensorError) as e:
             self._sweep()
-            raise VavaeError(f"the checkpoint of step {step} could not be written ({getattr(e, 'strerror', None) or e}): it takes {_mb(need)}, and {self.folder} has "
-                             f"{_mb(shutil.disk_usage(self.folder).free)} free; {self._whole()}. Make room and call the same command again, which goes on from there") from None
-        self._keep([s for s in self.steps() if s <= step][-self.keep:] + self._best([s for s in self.steps() if s <= step])[:1])
+            raise VavaeError(f"the checkpoint of step {step} could not be written ({getattr(e, 'strerror', None) or e}): it takes {_mb(need)}, and "
+                             f"{self.folder} has {_mb(shutil.disk_usage(self.folder).free)} free; {self._whole()}. Make room and call the same command again, "
+                             "which goes on from there") from None
+        past = [s for s in self.steps() if s <= step]
+        self._keep(past[-self.keep:] + self._best(past)[:1])
         return data
 
     def newest(self)->tuple[int,dict]|None:
@@ -117,7 +119,7 @@ class Checkpoints:
         try: info = json.loads(self._json(step).read_bytes())
         except ValueError: info = None
         kinds = dict(step=int, score=(float, type(None)), sha256=str, bytes=int)
-        if isinstance(info, dict) and all(isinstance(info.get(k), t) for k,t in kinds.items()) and info["step"] == step: return info
+        if isinstance(info, dict) and all(k in info and isinstance(info[k], t) for k,t in kinds.items()) and info["step"] == step: return info
         raise CheckpointError(f"{self._json(step).name} cannot be read")
 
     def _infos(self, steps):
@@ -201,7 +203,7 @@ class RunLock:
         if self.file: self.file.close()
         self.file = None
 
-# %% ../nbs/47_checkpoints.ipynb #cd65c9a9
+# %% ../nbs/47_checkpoints.ipynb #69369090
 class StopSignals:
     "SIGTERM and SIGINT as `Stopped`: at once, or, inside `with stop.deferred():`, when the loop has seen `signum` and saved"
     def __init__(self): self.signum,self._depth,self._old,self._pid = None,0,{},os.getpid()
@@ -220,7 +222,8 @@ class StopSignals:
             if signum == signal.SIGTERM: os._exit(128+signum)
         elif self._depth and self.signum is None:
             self.signum = signum
-            with suppress(OSError): os.write(2, f"\n{signal.Signals(signum).name}: saving a checkpoint and stopping; again to stop at once\n".encode()) # print may be what it interrupts
+            said = f"\n{signal.Signals(signum).name}: saving a checkpoint and stopping; again to stop at once\n"
+            with suppress(OSError): os.write(2, said.encode()) # Not print, which may be what it interrupts
         else: raise Stopped(signum)
 
     @contextmanager

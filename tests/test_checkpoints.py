@@ -1,0 +1,262 @@
+"Checkpoints under fire: kills, full disks, damage; the lock against a crowd; signals and the status that they leave"
+import errno, json, math, resource, shutil, subprocess, sys, warnings
+from contextlib import contextmanager
+from pathlib import Path
+import pytest, torch
+from vavae_nb import checkpoints
+from vavae_nb.checkpoints import Checkpoints, RunLock
+from vavae_nb.core import CheckpointError, VavaeError
+
+def state(step, n=1000): return {"w": torch.full((n,), float(step)), "opt": [{"step": step}]}
+def names(c): return sorted(p.name for p in c.folder.iterdir())
+def whole(c): return sorted(p.name for s in c.steps() for p in (c._json(s), c._data(s, c._info(s))))
+
+def forking(script, *args):
+    "Run a script that imports once, forks what it kills, and prints what it saw as JSON"
+    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, timeout=200)
+    assert r.returncode == 0, r.stderr
+    return json.loads(r.stdout.splitlines()[-1])
+
+KILLS = """
+import json, os, random, signal, sys, time, torch
+from vavae_nb.checkpoints import Checkpoints
+folder, kills = sys.argv[1], int(sys.argv[2])
+c, seen, rng = Checkpoints(folder), [], random.Random()
+for _ in range(kills):
+    r, w = os.pipe()
+    start = c.newest()
+    if not (child := os.fork()):
+        step = start[0] if start else 0
+        while True:
+            step += 1
+            c.save(step, {"w": torch.full((2_000_000,), float(step)), "step": step}, score=1/step)
+            os.write(w, step.to_bytes(4, "big"))
+    os.close(w)
+    told = os.read(r, 4)                            # The first is written
+    time.sleep(rng.uniform(0, .3))
+    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    while more := os.read(r, 4): told = more
+    os.close(r)
+    stray = sum(".safetensors" in n or n[0] == "." for n in os.listdir(folder)) - len(c.steps())
+    step, state = c.newest()
+    seen.append((int.from_bytes(told, "big"), step, bool((state["w"] == step).all()) and state["step"] == step, stray))
+print(json.dumps(seen))
+"""
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_while_saving(tmp_path, kills):
+    seen = forking(KILLS, tmp_path/"run", kills)
+    assert len(seen) == kills
+    for told,step,is_whole,_ in seen: assert is_whole and step in (told, told+1), seen # It may be killed before it can say that it is done
+    if kills > 3: assert any(stray for *_,stray in seen), "no kill came in the middle of a write"
+    c = Checkpoints(tmp_path/"run")
+    c.save(10_000, state(10_000))
+    assert names(c) == whole(c) and len(c.steps()) == 2 # Nothing is left of any of the kills (the last but one was the best)
+
+@contextmanager
+def file_limit(n):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def refused(c, step, n, said):
+    before = names(c)
+    with pytest.raises(VavaeError) as e: c.save(step, state(step, n))
+    for part in (said, f"checkpoint of step {step} could not be written", f"takes {4*n/1e6:,.1f} MB", f"step {c.steps()[-1]} is whole", "same command again"):
+        assert part in str(e.value)
+    assert names(c) == before == whole(c)
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    c = Checkpoints(tmp_path)
+    for step in (1, 2): c.save(step, state(step))
+    with file_limit(200_000):
+        refused(c, 3, 100_000, "File too large")
+        refused(c, 2, 100_000, "File too large") # The same step anew: the old one stays
+    assert torch.equal(c.newest()[1]["w"], state(2)["w"])
+    c.save(3, state(3, 100_000)); assert c.steps() == [2, 3]
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    disk = tmp_path/"tiny"; disk.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        c = Checkpoints(disk/"run")
+        for step in (1, 2): c.save(step, state(step, 250_000))
+        refused(c, 3, 400_000, "No space left")                                                         # Seen before the write
+        usage = shutil.disk_usage(disk)
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=10**9))      # Filled by someone else meanwhile
+        refused(c, 3, 400_000, "No space left")
+        c.save(3, state(3, 200_000)); assert c.steps() == [2, 3]
+    finally: subprocess.run(["umount", disk], check=True)
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_the_last_small_file(tmp_path, monkeypatch, code):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1))
+    def full(path): raise OSError(code, "Disk quota exceeded")
+    monkeypatch.setattr(checkpoints, "atomic_write", full)
+    refused(c, 2, 1000, "Disk quota exceeded")
+
+def test_every_byte_of_the_json_and_any_of_the_data(tmp_path):
+    c = Checkpoints(tmp_path)
+    for step in (1, 2): c.save(step, state(step), score=.5)
+    js, data = c._json(2), c._data(2, c._info(2))
+    fell_back = 0
+    for path,places in ((js, range(js.stat().st_size)), (data, (0, 7, 8, 20, 150, 300, -4000, -1))):
+        good = path.read_bytes()
+        for at in places:
+            bad = bytearray(good); bad[at] ^= 1; path.write_bytes(bad)
+            for get in (c.newest, c.best):
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    step, got = get()
+                assert torch.equal(got["w"], state(step)["w"]) and got["opt"] == state(step)["opt"]
+                said = [str(o.message) for o in said]
+                assert step == 2 or get == c.best or (len(said) == 1 and "step-00000002" in said[0] and "step 1 is used instead" in said[0])
+                if get == c.newest: fell_back += step == 1; assert path == js or step == 1
+        path.write_bytes(good)
+    assert fell_back > 100 # Most of the JSON is the hash
+    for break_it in (lambda: data.write_bytes(data.read_bytes()[:-1]), lambda: data.write_bytes(b""), data.unlink, *(lambda o=o: js.write_text(o) for o in ("", "[]", "{}"))):
+        keep = {p: p.read_bytes() for p in (js, data)}
+        break_it()
+        with pytest.warns(UserWarning, match="step-00000002.*step 1 is used instead"): assert c.newest()[0] == 1
+        for p,b in keep.items(): p.write_bytes(b)
+    for p in tmp_path.glob("*.safetensors"): p.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is whole: .*step-00000002.*step-00000001.*start anew"): c.newest()
+    c.save(1, state(1)); assert c.newest()[0] == 1 and c.steps() == [1] # What comes after a step that is saved is not its future
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1))
+    for v in (math.nan, math.inf, -math.inf):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with pytest.raises(CheckpointError, match=r"ema\.b is not finite at step 2: .*step 1 is whole"):
+                c.save(2, {"a": torch.ones(2), "ema": {"b": torch.tensor([1., v]).to(dtype)}})
+    assert names(c) == whole(c) and c.steps() == [1]
+    c.save(2, state(2), score=math.nan); assert c.best() is None # Not finite, so not the best
+
+def test_tensors_survive_by_value(tmp_path):
+    x = torch.randn(2, 3, 4, 5)
+    given = {"bf16": x.bfloat16(), "f16": x.half(), "f64": x.double(), "scalar": torch.tensor(3.5), "count": torch.tensor(7), "empty": torch.zeros(0, 4),
+             "flags": x > 0, "rng": torch.get_rng_state(), "channels_last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(0, 3), "row": x[1],
+             "expanded": x[:1, :1].expand(3, 3, 4, 5), "tied": x, "parameter": torch.nn.Parameter(x.clone())}
+    c = Checkpoints(tmp_path)
+    c.save(0, {"a.b": given, "a": {"b.c": given}, "numbers": [0.1, -1e-300, 2**70, True, None, "ü", float("inf")], "none": {}, "empty": []})
+    _, got = c.newest()
+    for there in (got["a.b"], got["a"]["b.c"]):
+        assert there.keys() == given.keys()
+        for k,v in given.items(): assert there[k].dtype == v.dtype and there[k].shape == v.shape and torch.equal(there[k], v), k
+    assert repr(got["numbers"]) == repr([0.1, -1e-300, 2**70, True, None, "ü", float("inf")]) and got["none"] == {} and got["empty"] == []
+    if (maps := Path("/proc/self/maps")).exists(): assert str(tmp_path) not in maps.read_text() # Owned: rotation may delete the file
+    assert oct(c._data(0, c._info(0)).stat().st_mode)[-3:] == "644"
+
+def test_rotation_and_finish(tmp_path):
+    c = Checkpoints(tmp_path/"a", keep=3)
+    for i,score in enumerate([5, 1, 1, 4, None, math.nan, 3], 1): c.save(i, state(i), score)
+    assert c.steps() == [3, 5, 6, 7] and c.best()[0] == 3 # Of equal ones the newest
+    c.save(8, state(8), .5); c.finish()
+    assert not c.folder.exists() # The best was the last
+    c.finish(); assert c.newest() is None and c.steps() == []
+    for i,score in enumerate([1, 2], 1): c.save(i, state(i), score)
+    (c.folder/"notes.txt").write_text("not ours"); (c.folder/"step-x.json").write_text("nor this")
+    for stray in (".tmpA1b2C3", ".step-00000009.json.x1.json", "step-00000009.safetensors", "step-00000001-0123abcd.safetensors"): (c.folder/stray).write_text("of a killed writer")
+    c.finish(); assert names(c) == sorted([*whole(c), "notes.txt", "step-x.json"]) and c.steps() == [1]
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_locks(*_): raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .No locks available.; see to it that only one process"):
+        with RunLock(tmp_path/"run"): assert (tmp_path/"run"/"run.lock").exists()
+    assert not list((tmp_path/"run").iterdir())
+
+SIGNALS = """
+import json, os, signal, sys, time
+from pathlib import Path
+from vavae_nb.checkpoints import Checkpoints, RunLock, StopSignals
+from vavae_nb.commands import user_errors
+from vavae_nb.core import ConfigError
+root = Path(sys.argv[1])
+
+def main(name):
+    for fd in (1, 2): os.dup2(os.open(root/f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
+    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
+    with user_errors("call the same command again"), RunLock(root/name), StopSignals() as stop:
+        if name.startswith("worker"):
+            if not os.fork():
+                print("worker", os.getpid(), flush=True)
+                for _ in range(3000): time.sleep(.02); print("tick", flush=True)
+        if name.startswith("deferred"):
+            with stop.deferred():
+                print("ready", flush=True)
+                while not stop.signum: time.sleep(.01)
+                if name.endswith("twice"): print("saving", flush=True); time.sleep(60)
+                Checkpoints(root/name).save(7, {"step": 7})
+        else:
+            print("ready", flush=True)
+            time.sleep(.3 if "ignored" in name else 60)
+
+def until(name, word):
+    for _ in range(2000):
+        text = (root/f"{name}.txt").read_text() if (root/f"{name}.txt").exists() else ""
+        if word in text: return text
+        time.sleep(.01)
+    raise TimeoutError(f"{name}: {text}")
+
+got = {}
+for name,signals in {"term": [15], "int": [2], "ignored": [2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-twice": [15, 2], "worker": []}.items():
+    if not (child := os.fork()):
+        try: main(name); code = 0
+        except SystemExit as e: code = e.code
+        if name == "term": sys.exit(code) # As a command ends; the others save torch's second of leave-taking
+        os._exit(code)
+    until(name, "ready")
+    if name == "worker":
+        worker = int(until(name, "worker").split("worker ")[1].split()[0])
+        ticks = lambda: until(name, "").count("tick")
+        os.kill(worker, 2); n = ticks(); time.sleep(.5); assert ticks() > n, "Ctrl-C is for the parent to answer"
+        os.kill(worker, 15); time.sleep(.2); n = ticks(); time.sleep(.2); assert ticks() == n, "SIGTERM ends a worker"
+        signals = [15]
+    for i,s in enumerate(signals):
+        if i and "twice" in name: until(name, "saving")
+        os.kill(child, s)
+    got[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), until(name, ""), Checkpoints(root/name).steps(), (root/name/"run.lock").exists()]
+
+if not (child := os.fork()):                                                    # Killed, but for its worker
+    RunLock(root/"lock").__enter__()
+    if not os.fork(): os.setsid(); Path(root, "orphan").write_text(str(os.getpid())); time.sleep(60); os._exit(0)
+    while not (root/"orphan").exists() or not (root/"orphan").read_text(): time.sleep(.01)
+    time.sleep(60)
+while not (root/"orphan").exists() or not (root/"orphan").read_text(): time.sleep(.01)
+try: RunLock(root/"lock").__enter__(); got["second"] = "was let in"
+except ConfigError as e: got["second"] = str(e).replace(str(child), "THE CHILD")
+os.kill(child, 9); os.waitpid(child, 0)
+with RunLock(root/"lock"): got["after"] = "let in"
+os.kill(int((root/"orphan").read_text()), 9)
+
+def crowd(): # Takes the lock twenty times; a marker shows whether somebody else has it
+    had = 0
+    while had < 20:
+        try:
+            with RunLock(root/"crowd"):
+                os.close(os.open(root/"marker", os.O_CREAT | os.O_EXCL)); time.sleep(.001); os.unlink(root/"marker"); had += 1
+        except ConfigError: time.sleep(.0005)
+    os._exit(0)
+children = []
+for _ in range(5):
+    if not (child := os.fork()): crowd()
+    children.append(child)
+got["crowd"] = [os.waitstatus_to_exitcode(os.waitpid(o, 0)[1]) for o in children]
+print(json.dumps(got))
+"""
+
+def test_signals_and_locks(tmp_path):
+    got = forking(SIGNALS, tmp_path)
+    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("worker", 143, "SIGTERM; call"),
+                             ("ignored", 0, ""), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
+                             ("deferred-int", 130, "SIGINT: saving"), ("deferred-twice", 130, "stopped by SIGINT")):
+        code, text, steps, locked = got[name]
+        assert code == status and said in text and "Traceback" not in text and not locked, (name, got[name])
+        assert steps == ([7] if name in ("deferred-term", "deferred-int") else []), name
+    assert "is being written by process THE CHILD on " in got["second"] and got["after"] == "let in"
+    assert got["crowd"] == [0]*5
