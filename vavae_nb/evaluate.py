@@ -7,15 +7,25 @@ __all__ = ['actions', 'reconstruction', 'generation', 'latents', 'compare', 'mai
 
 # %% ../nbs/63_evaluate.ipynb #a95186d4
 from argparse import REMAINDER
+from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import Param, anno_parser, call_parse
-from .commands import dashes, user_errors
+from .commands import dashes, process, user_errors
 from .core import WeightsError
 
 # %% ../nbs/63_evaluate.ipynb #b3531da2
+@contextmanager
+def _together(device): # With the other processes, if a launcher started several; where this one computes
+    from vavae_nb.processes import joined # Here, as below, so that --help needs no torch
+    from vavae_nb.tensors import pick_device
+    device = pick_device(process(None, None, device)[2])
+    with joined(device): yield device
+
 def _extractors(names, resize, weights, device):
-    from vavae_nb.metrics.features import feature_extractor # Here, as below, so that --help needs no torch
-    try: return [feature_extractor(k, filter=resize, weights=weights if k == "inception" else None).to(device) for k in names or ("inception",)]
+    from vavae_nb.metrics.features import feature_extractor
+    from vavae_nb.processes import first_alone
+    try:
+        with first_alone(): return [feature_extractor(k, filter=resize, weights=weights if k == "inception" else None).to(device) for k in names or ("inception",)]
     except WeightsError as e:
         raise WeightsError(f"{e}\nOr measure with a small packaged network, whose distance is not called FID: --extractor efficientnet_lite0") from None
 
@@ -26,6 +36,8 @@ def _beside(source, action): # Where the JSON goes
 
 def _report(e, out, source):
     from vavae_nb.evaluation import table
+    from vavae_nb.processes import is_first
+    if not is_first(): return
     print("\n"+table(e))
     e.save(path := Path(out) if out else _beside(source, e.action))
     print(f"\nall of it, figure by figure: {path}")
@@ -52,15 +64,15 @@ def reconstruction(
     with user_errors("nothing was written"):
         from vavae_nb.data import first_of_each
         from vavae_nb.evaluation import evaluate_reconstruction, open_images
+        from vavae_nb.processes import is_first
         from vavae_nb.published import load_tokenizer
-        from vavae_nb.tensors import pick_device
-        device = pick_device(device)
-        tok = load_tokenizer(tokenizer).to(device).eval()
-        images = open_images(data, size or tok.config["resolution"])
-        if 0 < n < len(images): images = images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
-        ex = _extractors(extractor, resize, weights, device)
-        print(f"{len(images)} images of {images.name} by {Path(tokenizer).name} on {device}", flush=True)
-        _report(evaluate_reconstruction(tok, images, ex, lpips=lpips, latent=latent, repeats=errors, seed=seed, batch_size=batch_size, precision=precision), out, tokenizer)
+        with _together(device) as device:
+            tok = load_tokenizer(tokenizer).to(device).eval()
+            images = open_images(data, size or tok.config["resolution"])
+            if 0 < n < len(images): images = images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
+            ex = _extractors(extractor, resize, weights, device)
+            if is_first(): print(f"{len(images)} images of {images.name} by {Path(tokenizer).name} on {device}", flush=True)
+            _report(evaluate_reconstruction(tok, images, ex, lpips=lpips, latent=latent, repeats=errors, seed=seed, batch_size=batch_size, precision=precision), out, tokenizer)
 
 # %% ../nbs/63_evaluate.ipynb #7ee1240a
 def generation(
@@ -85,10 +97,10 @@ def generation(
     "Compare samples with a reference: FID, sFID, KID, precision, recall, inception score. Label sampling, guidance, solver and seed are read from the samples' sample.json or their run's config.yaml."
     with user_errors("features of whole sets are kept: call the same command again"):
         from vavae_nb.evaluation import evaluate_generation
-        from vavae_nb.tensors import pick_device
-        ex = _extractors(extractor, resize, weights, pick_device(device))
-        _report(evaluate_generation(samples, reference, ex, metrics=metrics, infinity=infinity, per_class=per_class, repeats=errors, splits=splits, k=k, size=size,
-                                    label_sampling=label_sampling or "", seed=seed, batch_size=batch_size), out, samples)
+        with _together(device) as device:
+            ex = _extractors(extractor, resize, weights, device)
+            _report(evaluate_generation(samples, reference, ex, metrics=metrics, infinity=infinity, per_class=per_class, repeats=errors, splits=splits, k=k, size=size,
+                                        label_sampling=label_sampling or "", seed=seed, batch_size=batch_size), out, samples)
 
 # %% ../nbs/63_evaluate.ipynb #6c9abd6e
 def latents(
@@ -124,6 +136,7 @@ def main(
     action:Param("What to evaluate: a tokenizer's reconstruction, samples (generation), a latent space (latents); or compare two evaluations", choices=("reconstruction", "generation", "latents", "compare")),
     options:Param("Of the action: python -m vavae_nb.evaluate ACTION --help lists them", nargs=REMAINDER),
 ):
-    "Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize, label sampling, settings, seed, versions. Options may be written with dashes (--batch-size)."
+    "Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize, label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes, which share the passes of the networks. Options may be written with dashes (--batch-size)."
     given = vars(anno_parser(actions[action], prog=f"python -m vavae_nb.evaluate {action}").parse_args(options))
+    if action in ("latents", "compare") and process(None, None, "cpu")[0]: return # Work for one process
     actions[action](**{k: v for k,v in given.items() if k not in ("pdb", "xtra")})

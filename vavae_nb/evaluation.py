@@ -20,12 +20,13 @@ from .flow.sampler import evaluating
 from .generate import versions
 from .latents import Latents, missing_shards, open_shard, shard_files
 from .metrics.distribution import fd_infinity, inception_score, kid, per_class_fd, precision_recall, sampling_error
-from .metrics.features import FeatureExtractor, extract_features
+from .metrics.features import FeatureExtractor, extract_features, shared_batches
 from .metrics.latents import channel_normalised, effective_rank, high_frequency_share
 from .metrics.quality import FeatureStats, Measure, fd, frechet_distance, psnr, ssim
 from .metrics.reference import Reference, _arrays, load_images, load_reference
 from .metrics.uniformity import uniformity
 from .pretrained import remembered_sha256, weights_sha256
+from .processes import is_first
 from .tensors import ImageNoise, autocast, generator
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 from .tokenizer.perceptual import LPIPS
@@ -108,19 +109,19 @@ def reconstructions(
     batch_size:int=64,    # Images at a time
     precision:str="fp32", # Of the tokenizer: `fp32`, `bf16` or `auto`
 )->Iterator[tuple[Tensor,Tensor]]: # Images and reconstructions, (b, 3, H, W) in [−1, 1], of 256 levels
-    "What a tokenizer makes of images, as files would hold it"
+    "What a tokenizer makes of images, as files would hold it; on several processes, of those that are this one's in each of the `shared_batches`"
     if latent not in ("mode", "sample"): raise ConfigError(unknown_name("latent", latent, ("mode", "sample")))
-    device, starts = tok.encoder_last.device, range(0, len(images), batch_size)
+    device, batches = tok.encoder_last.device, shared_batches(len(images), batch_size)
     stored = lambda o: to_uint8(o).permute(0, 3, 1, 2).float()/127.5-1
     with evaluating(tok):
-        for i in progress(starts, "reconstructions", unit="batch") if len(starts) > 8 else starts:
-            which = np.arange(i, min(i+batch_size, len(images)))
+        for rows,_ in progress(batches, "reconstructions", unit="batch") if len(batches) > 8 and is_first() else batches:
+            which = np.arange(rows.start, rows.stop)
             x = images.batch(which).to(device)
             with autocast(device, precision):
                 p = tok.posterior(x)
                 z = p.mode() if latent == "mode" else p.mean+p.std*ImageNoise(seed, which, p.mean.shape[1:], device, "reconstruction")()
                 y = tok.decode_raw(z).float()
-            if not y.isfinite().all(): raise DataError(f"of the reconstructions of images {i} to {which[-1]} some are not finite in {precision}; try fp32, then check the tokenizer's weights")
+            if not y.isfinite().all(): raise DataError(f"of the reconstructions of images {which[0]} to {which[-1]} some are not finite in {precision}; try fp32, then check the tokenizer's weights")
             yield stored(x), stored(y)
 
 # %% ../nbs/46_evaluation.ipynb #272ca280
@@ -140,17 +141,17 @@ def evaluate_reconstruction(
     batch_size:int=64,        # Images at a time
     precision:str="fp32",     # Of the tokenizer
 )->Evaluation:
-    "rFID, PSNR, SSIM and LPIPS of a tokenizer, with all that they depend on"
+    "rFID, PSNR, SSIM and LPIPS of a tokenizer, with all that they depend on; several processes share the work, and each gets the figures"
     device, extractors = tok.encoder_last.device, list(extractors)
     if not len(images): raise DataError(f"{images.name} holds no images to reconstruct")
     out = Evaluation("reconstruction", _shared(device, precision, images=_named(images), size="", tokenizer=tok.fingerprint(), latent=f"{latent} of the posterior, images of 8 bits", seed=seed))
     per = {"psnr": psnr, "ssim": ssim} | ({} if lpips == "none" else {"lpips": LPIPS(lpips).to(device)})
     values, stats, rows = {k: [] for k in per}, [(FeatureStats(), FeatureStats()) for _ in extractors], [[] for _ in extractors]
-    for x,y in reconstructions(tok, images, latent, seed, batch_size, precision):
+    for (x,y),(_,together) in zip(reconstructions(tok, images, latent, seed, batch_size, precision), shared_batches(len(images), batch_size)):
         out.about["size"] = "%d×%d" % tuple(x.shape[2:])
-        for k,f in per.items(): values[k].append(f(x, y).flatten().detach().cpu())
+        for k,f in per.items(): values[k].append(together(f(x, y).flatten().detach()).cpu())
         for ex,both,kept in zip(extractors, stats, rows):
-            pair = [ex(o).cpu() for o in (x, y)]
+            pair = [together(ex(o)).cpu() for o in (x, y)]
             for s,f in zip(both, pair): s.update(f)
             if repeats: kept.append(torch.cat(pair, 1))
     n, key = len(images), {"lpips": (f"LPIPS v0.1 ({lpips}), weights {weights_sha256(lpips)[:16]}", weights_sha256(lpips)) if "lpips" in per else None}
@@ -311,7 +312,7 @@ def open_latents(
     if "tokenizer" in (meta := opened[0][1]): about = dict(images=f"{meta['data']} {meta['data_fingerprint']}", tokenizer=meta["tokenizer"], extraction=f"seed {meta['seed']}, {meta['precision']}")
     else: about = dict(images=f"{Path(folder).name}, not said of what", tokenizer="not said",
                        extraction="shards "+hashlib.sha256("".join(map(remembered_sha256, files)).encode()).hexdigest()[:16])
-    return Latents([t for t,_ in opened], name=Path(folder).resolve().name), about
+    return Latents([t for t,_ in opened], name=Path(folder).resolve().name, files=files), about
 
 def evaluate_latents(
     latents:Any,          # A folder of shards, or `Latents`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['precisions', 'seed_everything', 'generator', 'rng_state', 'set_rng_state', 'ImageNoise', 'pick_device', 'has_bf16',
-           'resolve_precision', 'autocast', 'set_tf32', 'rel_err', 'test_tensor', 'check_labels', 'save_tensors',
-           'load_tensors', 'load_into', 'StandIn', 'load_torch']
+           'resolve_precision', 'autocast', 'set_tf32', 'at_least_fp32', 'rel_err', 'test_tensor', 'check_labels',
+           'save_tensors', 'load_tensors', 'load_into', 'StandIn', 'load_torch']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
 import _compat_pickle, hashlib, io, json, pickle, pickletools, random, sys, zipfile
@@ -121,6 +121,13 @@ def set_tf32(
     on = resolve_precision(device, precision) != "fp32"
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
+
+# %% ../nbs/02_tensors.ipynb #4a5a6ff7
+def at_least_fp32(
+    x:Tensor, # Floating point
+)->Tensor:    # float32, or float64 where it was that
+    "For sums, norms and losses: bf16 and fp16 have too few digits for them, and float64 is kept for tests that need it"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/02_tensors.ipynb #9a9b0e13
 def rel_err(

@@ -6,11 +6,12 @@
 __all__ = ['configuration', 'main']
 
 # %% ../nbs/60_train.ipynb #e38e0f1c
-import warnings
+import os, sys, warnings
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from fastcore.script import Param, call_parse
-from .commands import dashes, given_settings, user_errors
+from .commands import dashes, given_settings, process, user_errors
 from .config import Config, load_config, override
 from .core import ConfigError
 from .recipes import recipe as get_recipe
@@ -50,7 +51,8 @@ def main(
     data:str=None, # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
     out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     stage:Param("Do one stage only", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
-    force:bool=False, # Do stages again that are done, and what depends on them
+    resume:bool=False, # Go on with what the run folder holds, and end if it holds nothing. Without it, a call goes on where it can and begins where it cannot
+    force:bool=False, # Do stages again that are done or begun, and what depends on them
     dry_run:bool=False, # Print all settings, and the parameters, operations, memory and time they take; do nothing
     seed:int=None, # Seed of everything random (default: the recipe's, 0)
     steps:int=None, # Steps of both trainings, to shorten or lengthen them (default: the recipe's)
@@ -59,7 +61,7 @@ def main(
     set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; see config.yaml of a run for all", nargs="+", action="append")=None,
 ):
     "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs. Options may be written with dashes (--dry-run)."
-    with user_errors("call the same command again: finished stages are kept, the one it was in starts anew"):
+    with user_errors("call the same command again: it goes on from here"):
         if recipe == "list":
             from vavae_nb.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
             return print(recipe_table())
@@ -68,9 +70,18 @@ def main(
             from vavae_nb.plan import describe
             return print(describe(cfg))
         folder = Path(out or Path("runs")/run_name(cfg))
-        print(f"run folder: {folder}", flush=True)
+        if resume and not (folder/"config.yaml").exists(): raise ConfigError(f"--resume: {folder} holds no run to go on with; give its folder by --out, or leave --resume out to begin one")
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
+        from vavae_nb.checkpoints import StopSignals
+        from vavae_nb.processes import is_first, joined
+        from vavae_nb.tensors import pick_device
         from vavae_nb.training.stages import run_stages, summary
-        run = run_stages(cfg, folder, stage, force)
-        if "evaluate" in run.state: print("\n"+summary(run))
-        print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("*.png"))))
+        cfg = override(cfg, {"device": process(None, None, cfg.device)[2]})
+        with ExitStack() as on:
+            stop = on.enter_context(StopSignals())
+            on.enter_context(joined(pick_device(cfg.device)))
+            if not is_first(): on.enter_context(redirect_stdout(on.enter_context(open(os.devnull, "w")))) # One of them speaks
+            print(f"run folder: {folder}", flush=True)
+            run = run_stages(cfg, folder, stage, force, stop)
+            if "evaluate" in run.state: print("\n"+summary(run))
+            print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("*.png"))))

@@ -11,6 +11,7 @@ import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import ConfigError
+from ..tensors import at_least_fp32
 
 # %% ../../nbs/30_dit.blocks.ipynb #8b177e4b
 def linear(
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
     def forward(self, x:Tensor)->Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        return F.rms_norm(at_least_fp32(x), self.weight.shape, at_least_fp32(self.weight), self.eps).type_as(x)
     def extra_repr(self): return f"{len(self.weight)}, eps={self.eps}"
 
 def make_norm(
@@ -116,7 +117,7 @@ def apply_rope(
     phase:Tensor, # exp(i·angle) of each pair, (n, head_dim/2), complex
 )->Tensor:        # Like `x`, but in fp32
     "Turn each pair of neighbouring entries by its token's angle: one complex product"
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs*phase[:,None]).flatten(-2)
 
 # %% ../../nbs/30_dit.blocks.ipynb #0bfb9b5a

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import ConfigError, ShapeError, unknown_name
 from .path import _draw, velocity_mse
 from .sampler import Guided, _steps, in_batches
-from ..tensors import check_labels
+from ..tensors import at_least_fp32, check_labels
 
 # %% ../../nbs/34_flow.ddpm.ipynb #ddf34008
 class NoiseSchedule:
@@ -176,7 +176,7 @@ class DDPMLoss:
         if pred.shape != (b, 2*d, *hw):
             raise ShapeError(f"the model returned {tuple(pred.shape)} for latents {(b, d, *hw)}; DDPM needs twice the channels:"
                              " build the model with learn_sigma=True and call it with return_sigma=True")
-        noise, v = pred.float().chunk(2, 1)
+        noise, v = at_least_fp32(pred).chunk(2, 1)
         mse, vlb = velocity_mse(noise, x0).mean(), variational_bits(noise.detach(), v, x0, x1, t, self.schedule).mean()
         return mse + vlb, {"ddpm_mse": mse.detach(), "ddpm_vlb": vlb.detach()}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core import ConfigError, ShapeError, unknown_name
+from ..tensors import at_least_fp32
 
 # %% ../../nbs/32_flow.path.ipynb #407a8694
 class FlowPath:
@@ -187,7 +188,7 @@ def velocity_mse(
     v:Tensor,    # Target, the same shape
 )->Tensor:       # (b,) float32
     "Mean squared error of each sample"
-    return (pred.float()-v.float()).square().flatten(1).mean(1)
+    return (at_least_fp32(pred)-at_least_fp32(v)).square().flatten(1).mean(1)
 
 def direction_loss(
     pred:Tensor,      # Predicted velocity, (b, d, h, w)
@@ -195,7 +196,7 @@ def direction_loss(
     floor:float=1e-2, # A prediction shorter than this share of its target counts as this long
 )->Tensor:            # (b,) float32, in [0, 2]
     "1 − cosine over the channels, averaged over positions; Yao et al. 2024 (FasterDiT)"
-    p, v = pred.float(), v.float()
+    p, v = at_least_fp32(pred), at_least_fp32(v)
     lp, lv = p.norm(dim=1), v.norm(dim=1)
     cos = (p*v).sum(1)/(torch.maximum(lp, floor*lv)*lv).clamp_min(1e-12)
     return (1-cos).reshape(len(cos), -1).mean(1)

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'EXTRACTORS', 'resize', 'StageMeans', 'TimmPool', 'Inception', 'FeatureExtractor', 'feature_extractor',
-           'feature_batches', 'extract_features']
+           'shared_batches', 'feature_batches', 'extract_features']
 
 # %% ../../nbs/40_metrics.features.ipynb #43d46b3f
 import hashlib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import CheckpointError, ConfigError, DataError, ShapeError, WeightsError, cache_dir, progress, unknown_name
 from ..pretrained import inception_network, timm_network, weights_sha256
+from ..processes import gather_rows, is_first, max_over, share, wait, world_size
 from ..tensors import autocast, has_bf16, load_tensors, save_tensors
 from ..tokenizer.autoencoder import to_uint8
 from ..tokenizer.perceptual import ConvStages
@@ -193,6 +194,19 @@ def _refuse(bad, first, message): # An error that names the first image where `b
     rows = bad.flatten(1).any(1).nonzero()
     if len(rows): raise DataError(message.format(first+rows[0].item()))
 
+def shared_batches(
+    n:int,          # Images
+    batch_size:int, # Images a process at a time
+)->list[tuple[slice,Callable[[Tensor],Tensor]]]: # Of each batch: the images of this process, and what puts the processes' rows together, in the order of the images
+    "Cut images into batches that all processes go through together"
+    step, out = batch_size*world_size(), []
+    for i in range(0, n, step):
+        k = min(step, n-i)
+        if k < world_size(): out.append((slice(i, i+k), lambda x: x)); continue # Too few to share: each computes them all
+        s = share(k)
+        out.append((slice(i+s.start, i+s.stop), partial(gather_rows, n=k)))
+    return out
+
 def feature_batches(
     extractor:FeatureExtractor, # On the device where it should run
     images:Any,                 # See `extract_features`
@@ -201,17 +215,17 @@ def feature_batches(
     flip:bool=False,            # Mirror all images
     spatial:bool=False,         # With the spatial features of sFID
 )->Iterator[tuple[np.ndarray,...]]: # (features,) or (features, spatial) of each batch, float32
-    "Features batch by batch, never cached; images and features are checked as they pass"
+    "Features batch by batch, never cached; images and features are checked as they pass. Several processes share the work, and each gets all"
     n,fetch,_ = _source(images)
     if n == 0: raise DataError("no images to extract features from")
-    starts = range(0, n, batch_size)
-    for i in progress(starts, f"{extractor.name} features", unit="batch") if len(starts) > 8 else starts:
-        x = fetch(i, min(i+batch_size, n), flip)
+    batches = shared_batches(n, batch_size)
+    for rows,together in progress(batches, f"{extractor.name} features", unit="batch") if len(batches) > 8 and is_first() else batches:
+        i, x = rows.start, fetch(rows.start, rows.stop, flip)
         _refuse(~x.isfinite(), i, "image {} holds NaN or infinity")
         _refuse(x.abs() > 1+1e-3, i, "image {} leaves [−1, 1]; scale the images, and clamp what a decoder gives as saving it would")
         with autocast(extractor.device, precision): out = extractor(x.to(extractor.device), spatial=True) if spatial else (extractor(x.to(extractor.device)),)
         for f in out: _refuse(~f.isfinite(), i, f"the {extractor.name} features of image {{}} are not finite in {precision}; use precision='fp32'")
-        yield tuple(f.cpu().numpy() for f in out)
+        yield tuple(together(f).cpu().numpy() for f in out)
 
 # %% ../../nbs/40_metrics.features.ipynb #1f329b8d
 def extract_features(
@@ -233,5 +247,8 @@ def extract_features(
         path = cache_dir("features")/f"{extractor.name}-{hashlib.sha256(repr(meta).encode()).hexdigest()[:24]}.safetensors"
         try: tensors,found = load_tensors(path)
         except CheckpointError: found = None # Not there, or damaged; it can be computed again
-        if found != meta: save_tensors(path, tensors := compute(), meta)
+        if max_over(torch.tensor(float(found != meta), device=extractor.device)): # Any process lacks them: all compute
+            tensors = compute()
+            if is_first(): save_tensors(path, tensors, meta)
+            wait()
     return tuple(tensors[k].numpy() for k in ("features", "spatial")) if spatial else tensors["features"].numpy()

@@ -19,6 +19,7 @@ from ..data import Images, image_endings, pixels_sha256
 from .features import FeatureExtractor, _not_images, extract_features, feature_batches
 from .quality import FeatureStats
 from ..pretrained import remembered_sha256
+from ..processes import is_first, max_over, wait
 from ..tensors import load_tensors, save_tensors
 
 # %% ../../nbs/43_metrics.reference.ipynb #b44d4c3c
@@ -204,11 +205,13 @@ def load_reference(
     if len(images) < 2: raise DataError(f"{images.name} holds {len(images)} image; a covariance needs at least 2")
     key = repr((1, extractor.key, images.fingerprint, len(images), extractor.device.type))
     kept = cache_dir("references")/f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    try: return _saved(kept, extractor, images)
-    except (CheckpointError, DataError): pass # Not there, or damaged; it can be computed again
+    try: ref = _saved(kept, extractor, images)
+    except (CheckpointError, DataError): ref = None # Not there, or damaged; it can be computed again
+    if not max_over(torch.tensor(float(ref is None), device=extractor.device)): return ref
     stats = [FeatureStats() for _ in range(1+bool(extractor.spatial_dim))]
     for batch in feature_batches(extractor, images, batch_size, spatial=bool(extractor.spatial_dim)):
         for s,f in zip(stats, batch): s.update(f)
     ref = Reference(images.name, images.fingerprint, extractor.key, *stats, *[None]*(2-len(stats)), images=images)
-    ref.save(kept)
+    if is_first(): ref.save(kept)
+    wait()
     return ref

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core import ConfigError, ShapeError
 from ..processes import sum_over, sum_with_gradient, world_size
+from ..tensors import at_least_fp32
 
 # %% ../../nbs/12_tokenizer.adversarial.ipynb #f9cb6350
 class BatchNorm(nn.BatchNorm2d):
@@ -20,7 +21,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x:Tensor)->Tensor: # (b, c, h, w)
         if not self.training or world_size() == 1: return super().forward(x)
         total = lambda o: sum_with_gradient(o.sum((0, 2, 3))).view(1, -1, 1, 1)
-        y, n = x.float(), sum_over(torch.tensor(float(x.numel()//x.shape[1]), device=x.device))
+        y, n = at_least_fp32(x), sum_over(torch.tensor(float(x.numel()//x.shape[1]), device=x.device))
         mean = total(y)/n
         y = y-mean
         var = total(y.square())/n

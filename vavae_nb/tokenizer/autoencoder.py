@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..core import CheckpointError, ConfigError, DataError, ShapeError
-from ..tensors import load_into, load_tensors, save_tensors
+from ..tensors import at_least_fp32, load_into, load_tensors, save_tensors
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #8016b3e8
 class Posterior:
@@ -23,7 +23,7 @@ class Posterior:
         moments:Tensor, # Mean and log-variance, (b, 2d, h, w)
     ):
         if moments.ndim != 4 or moments.shape[1] % 2: raise ShapeError(f"moments of shape {tuple(moments.shape)} given; a posterior takes (b, 2d, h, w)")
-        moments = moments.to(torch.promote_types(moments.dtype, torch.float32)) # bf16 has too few digits for the sums below
+        moments = at_least_fp32(moments)
         self.mean, logvar = moments.chunk(2, 1)
         self.logvar = logvar.clamp(-30, 20)
 

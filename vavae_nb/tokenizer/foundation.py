@@ -7,15 +7,17 @@ __all__ = ['paper_vfms', 'choose_layer', 'fold_batchnorm', 'FoundationModel', 'f
            'feature_precision', 'cached_features']
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #4013deaf
-import copy, hashlib, json, shutil
+import copy, hashlib, io, json, shutil
 import numpy as np, torch
 import torch.nn.functional as F
+from contextlib import contextmanager
 from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress
 from ..pretrained import timm_network
+from ..processes import is_first, max_over, share, wait, world_size
 from ..tensors import autocast, generator, has_bf16, rel_err
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #688dce32
@@ -141,9 +143,12 @@ def feature_precision(
     images,               # As for `cached_features`
     precision:str="auto", # `auto`, `fp32` or `bf16`
 )->str:                   # `fp32` or `bf16`
-    "The precision that the features of these images are computed in: `auto` asks `fast_precision` about the first four"
-    autocast(vfm.mean.device, precision) # Refuses an unknown precision
-    return fast_precision(vfm, images.batch(np.arange(min(len(images), 4)), False)) if precision == "auto" else precision
+    "The precision that the features of these images are computed in: `auto` asks `fast_precision` about the first four; of several processes the first decides"
+    device = vfm.mean.device
+    autocast(device, precision) # Refuses an unknown precision
+    if precision != "auto": return precision
+    fast = is_first() and fast_precision(vfm, images.batch(np.arange(min(len(images), 4)), False)) == "bf16"
+    return "bf16" if max_over(torch.tensor(float(fast), device=device)) else "fp32"
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #0111f84c
 def cached_features(
@@ -152,14 +157,15 @@ def cached_features(
     batch_size:int=64,    # Images at a time
     precision:str="auto", # `auto` (see `fast_precision`), `fp32` or `bf16`
 )->np.memmap:             # (n, 2, D, grid, grid) float16; `[:, 1]` of the mirrored images
-    "Features of every image and its mirror image, computed once and kept in the cache"
+    "Features of every image and its mirror image, computed once and kept in the cache; several processes share the work"
     n = len(images)
     if n == 0: raise DataError("no images to compute features of")
     precision = feature_precision(vfm, images, precision)
     shape = (n, 2, vfm.channels, vfm.grid, vfm.grid)
     key = json.dumps(dict(layout=1, shape=shape, vfm=vfm.key, images=images.fingerprint, precision=precision))
     path = cache_dir("features")/f"{vfm.name.replace('/', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not path.is_file(): _write_features(path, shape, vfm, images, batch_size, precision)
+    if max_over(torch.tensor(float(not path.is_file()), device=vfm.mean.device)): _write_features(path, shape, vfm, images, batch_size, precision)
+    if not path.is_file(): raise DataError(f"the first process wrote {path}, but this one does not see it; point VAVAE_NB_CACHE at a folder that all processes share")
     return np.load(path, mmap_mode="r")
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #2c61d790
@@ -168,12 +174,30 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
     if need > free:
         raise ConfigError(f"features of {shape[0]} images with {vfm.name} need {need/1e9:.2f} GB, but {path.parent} has {free/1e9:.2f} GB free; "
                           "free some space or set VAVAE_NB_CACHE to a folder on a larger disk")
-    with atomic_write(path) as tmp, open(tmp, "wb") as f, progress(total=shape[0], desc=f"features of {vfm.name}", unit="img") as bar:
-        np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=shape))
-        for i in range(0, shape[0], batch_size):
-            ids = np.arange(i, min(i+batch_size, shape[0]))
+    np.lib.format.write_array_header_1_0(head := io.BytesIO(), dict(descr="<f2", fortran_order=False, shape=shape))
+    rows = share(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # Too few to share: the first computes them
+    with _one_file(path, device) as tmp, open(tmp, "r+b") as f, progress(total=rows.stop-rows.start, desc=f"features of {vfm.name}", unit="img") as bar:
+        if is_first(): f.write(head.getvalue())
+        f.seek(len(head.getvalue())+rows.start*(need//shape[0]))
+        for i in range(rows.start, rows.stop, batch_size):
+            ids = np.arange(i, min(i+batch_size, rows.stop))
             with autocast(device, precision): y = torch.stack([vfm(images.batch(ids, flip).to(device)) for flip in (False, True)], 1)
             y = y.half().cpu()
             if not y.isfinite().all(): raise DataError(f"features of {vfm.name} are not finite in float16, in images {ids[0]} to {ids[-1]}")
             f.write(y.numpy().tobytes())
             bar.update(len(ids))
+
+@contextmanager
+def _one_file(path, device): # `atomic_write` by all processes together
+    name = torch.zeros(255, dtype=torch.uint8, device=device)
+    if not is_first():
+        yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
+        wait()
+    else:
+        with atomic_write(path) as tmp:
+            told = tmp.name.encode()
+            name[:len(told)] = torch.tensor(list(told))
+            max_over(name)
+            yield tmp
+            wait()
+    wait() # Until it has its name

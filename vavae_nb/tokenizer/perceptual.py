@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import ConfigError, ShapeError, unknown_name
 from ..pretrained import lpips_tensors
+from ..tensors import at_least_fp32
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #fe79fe8d
 STAGES = {"vgg16": ("CC", "PCC", "PCCC", "PCCC", "PCCC"), "alexnet": ("C", "PC", "PC", "C", "C")}
@@ -72,7 +73,7 @@ def unit_channels(
     f:Tensor, # Feature map, (b, C, h, w)
 )->Tensor:    # The same in float32, of length 1 along C (0 where all channels are 0)
     "Divide each position's channels by their Euclidean norm; Zhang et al. 2018, section 3"
-    f = f.float()
+    f = at_least_fp32(f)
     return f/(torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10)
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #57854649

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core import ConfigError, ShapeError, unknown_name
+from ..tensors import at_least_fp32
 from .adversarial import adaptive_weight
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #fbd98c60
 def _unit(x): # Unit vectors along the channels, (b, D, h, w) -> (b, D, N), at least fp32; a zero vector stays zero
-    return F.normalize(x.flatten(2).to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-6)
+    return F.normalize(at_least_fp32(x.flatten(2)), dim=1, eps=1e-6)
 
 def _check_maps(z, f, same): # `same` names the axes that must agree
     if z.ndim != 4 or f.ndim != 4: raise ShapeError(f"the VF loss takes maps (b, channels, h, w); got z {tuple(z.shape)} and f {tuple(f.shape)}")

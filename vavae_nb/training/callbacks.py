@@ -8,7 +8,7 @@ __all__ = ['Loaders', 'MaxSteps', 'fit_steps', 'lr_factor', 'LRSchedule', 'Autoc
            'training_state', 'Resume', 'Checkpointing']
 
 # %% ../../nbs/50_training.callbacks.ipynb #f19acf34
-import math
+import math, warnings
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable
 import torch, torch.distributed as dist
@@ -253,7 +253,9 @@ class DataParallel(Callback):
         if world_size() == 1: return
         inside = {id(p) for p in bare.parameters()}
         self.others = [p for p,*_ in self.opt.all_params() if id(p) not in inside]
-        self.learn.model = DistributedDataParallel(bare, device_ids=[self.dls.device] if self.dls.device.type == "cuda" else None, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning) # Its successor is not in torch 2.6
+            self.learn.model = DistributedDataParallel(bare, device_ids=[self.dls.device] if self.dls.device.type == "cuda" else None, broadcast_buffers=False)
         self.model.register_comm_hook(None, _summed)
     def after_backward(self):
         for p in self.others:

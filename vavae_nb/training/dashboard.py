@@ -16,9 +16,10 @@ from ..core import ConfigError, atomic_write
 from ..data import Images, first_of_each
 from ..metrics.latents import latent_report
 from ..metrics.quality import psnr
+from ..processes import is_first
 from ..tensors import ImageNoise
 from ..tokenizer.autoencoder import Autoencoder
-from .callbacks import TermsLog
+from .logs import TermsLog, cut_log
 
 # %% ../../nbs/52_training.dashboard.ipynb #2b443338
 def probe_images(
@@ -89,9 +90,15 @@ class LatentDashboard(Callback):
         if every < 1: raise ConfigError(f"a dashboard measures every so many steps, at least 1; got {every}")
         self.images,self.every,self.features,self.picture,self.seed = images,every,features,picture and Path(picture),seed
         self.log,self.history,self.first,self.seconds = log and TermsLog(log, "dashboard"),[],0,0.
+    def state_dict(self): return dict(history=self.history, seconds=self.seconds)
+    def load_state_dict(self, state):
+        self.history,self.seconds = state["history"],state["seconds"]
+        if self.log and is_first(): cut_log(self.log.path, "dashboard", self.history[-1]["step"]+1)
     def before_fit(self):
         self.start = time.time()
-        if not self.history: self._measure()
+        if self.history: return
+        if self.log and is_first(): cut_log(self.log.path, "dashboard")
+        self._measure()
     def after_batch(self):
         if self.training and self.train_iter % self.every == 0: self._measure()
     def after_fit(self):
@@ -101,7 +108,7 @@ class LatentDashboard(Callback):
         row = tokenizer_report(self.model, self.images, self.features, seed=self.seed)
         self.history.append(dict(step=step) | row)
         if self.log: self.log.write(step, start-self.start, row)
-        if self.picture:
+        if self.picture and is_first():
             fig = plot_dashboard(self.history)
             with atomic_write(self.picture) as tmp: fig.savefig(tmp, dpi=110)
             plt.close(fig)

@@ -21,7 +21,7 @@ from ..dit.model import LightningDiT, drop_labels
 from ..flow.ddpm import DDPMLoss
 from ..flow.path import FlowLoss, paths
 from ..latents import Latents
-from ..tensors import check_labels, generator
+from ..tensors import at_least_fp32, check_labels, generator
 from .callbacks import Autocast, ClipGrad, DataParallel, EMA, FiniteGuard, LRSchedule, Loaders, MaxSteps, MicroBatches
 from .logs import TermsLog
 
@@ -63,7 +63,7 @@ class DiTLoss:
         target:Tensor, # What it should be
         t:Tensor,      # Times, (b,)
     )->Tensor:
-        loss, parts = self.flow.loss(pred.float(), target, t)
+        loss, parts = self.flow.loss(at_least_fp32(pred), target, t)
         weights = {"flow_direction": getattr(self.flow, "direction_weight", None)}
         self.terms = {f"loss/{k.split('_')[1]}": self.share*weights.get(k, 1.)*v for k,v in parts.items()}
         return self.share*loss

@@ -6,7 +6,7 @@
 __all__ = ['read_log', 'cut_log', 'TensorBoardWriter', 'WandbWriter', 'batch_items', 'peak_memory', 'TermsLog', 'StepBar',
            'Every', 'plot_history']
 
-# %% ../../nbs/51_training.logs.ipynb #b1355249
+# %% ../../nbs/51_training.logs.ipynb #d9670f39
 import csv, importlib.util, math, resource, sys, time, uuid
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 from torch import Tensor
 from ..core import ConfigError, atomic_write, progress
 from ..processes import is_first, sum_over, world_size
@@ -208,7 +208,7 @@ class Every(Callback):
     def after_batch(self):
         if self.training and self.steps and self.train_iter % self.steps == 0 and is_first(): self.fn(self.learn)
 
-# %% ../../nbs/51_training.logs.ipynb #934eb6b2
+# %% ../../nbs/51_training.logs.ipynb #70bcc14b
 _panels = {"terms of the loss": lambda k: k.startswith("loss/") or k == "loss", "alignment, before weights": lambda k: k in ("vf_cos", "vf_distmat"),
            "discriminator": lambda k: k.startswith("disc_"), "adaptive weights": lambda k: k.endswith("_scale"),
            "gradient norms": lambda k: "grad_norm" in k, "learning rate": lambda k: k == "lr" or k.endswith("_lr"),
@@ -221,10 +221,13 @@ def _draw(ax, title, terms): # One panel
         at = ax.twinx() if k == "mfu" else ax
         at.plot(*zip(*points), color="0.2" if k == "loss" else f"C{i}", lw=1 if k == "loss" else 1.3, ls="--" if k == "mfu" else "-", marker="o" if len(points) < 6 else None, ms=3, label=k.removeprefix("loss/").removeprefix("valid/"))
         if at is not ax: at.yaxis.set_major_formatter(PercentFormatter(1)); at.set_ylim(0); at.tick_params(labelsize=7, colors=f"C{i}")
-    if title in _logarithmic: ax.set_yscale("log" if all(v > 0 for p in terms.values() for _,v in p) else "symlog")
+    if title in _logarithmic:
+        positive = all(v > 0 for p in terms.values() for _,v in p)
+        ax.set_yscale("log" if positive else "symlog")
+        if positive: ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
     if title == "images a second, and MFU": ax.set_ylim(0)
     if len(terms) > 1 and "mfu" not in terms: ax.legend(fontsize=6, frameon=False, ncols=1+(len(terms) > 3))
-    ax.set_title(title if "mfu" in terms or "MFU" not in title else "images a second", fontsize=8); ax.tick_params(labelsize=7); ax.grid(alpha=.2)
+    ax.set_title(title if "mfu" in terms or "MFU" not in title else "images a second", fontsize=8); ax.tick_params(which="both", labelsize=7); ax.grid(alpha=.2)
 
 def plot_history(
     path:str|Path, # A run's log.csv
@@ -233,12 +236,11 @@ def plot_history(
     log = {s: t for s,t in read_log(path).items() if "loss" in t}
     found = {s: {title: chosen for title,of in _panels.items() if (chosen := {k: p for k,p in t.items() if of(k)})} for s,t in log.items()}
     if not found: raise ConfigError(f"{path} has no stage with a loss yet")
-    cols = min(4, max(map(len, found.values())))
-    rows = {s: math.ceil(len(p)/cols) for s,p in found.items()}
-    fig = plt.figure(figsize=(2.9*cols, 2.1*sum(rows.values())+.3*len(rows)), dpi=100, layout="constrained")
+    rows = {s: math.ceil(len(p)/4) for s,p in found.items()} # At most 4 in a row
+    fig = plt.figure(figsize=(10, 2.*sum(rows.values())+.3*len(rows)), dpi=100, layout="constrained")
     for part,(stage,panels) in zip(fig.subfigures(len(rows), 1, height_ratios=[*rows.values()], squeeze=False).flat, found.items()):
-        part.suptitle(stage, fontsize=10, fontweight="bold")
-        axs = list(part.subplots(rows[stage], cols, squeeze=False).flat)
+        part.suptitle(f"{stage}, against steps", fontsize=9, fontweight="bold")
+        axs = list(part.subplots(rows[stage], math.ceil(len(panels)/rows[stage]), squeeze=False).flat)
         for ax,(title,terms) in zip(axs, panels.items()): _draw(ax, title, terms)
         for ax in axs[len(panels):]: ax.axis("off")
     return fig

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['stages', 'Run', 'check_names', 'run_stages', 'run_tokenizer', 'reconstruct', 'run_latents', 'run_dit', 'run_sample',
-           'provenance', 'run_evaluate', 'read_log', 'summary']
+           'provenance', 'run_evaluate', 'summary']
 
 # %% ../../nbs/53_training.stages.ipynb #782f667a
-import csv, json, time
+import json, shutil, time
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
+from ..checkpoints import Checkpoints, RunLock, StopSignals
 from ..config import Config, differences, flat, load_config, save_config
 from ..core import CheckpointError, ConfigError, atomic_write, keep_on_disk, unknown_name
 from ..data import Images, first_of_each, load_data
@@ -20,56 +22,74 @@ from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
-from ..generate import generate_images, save_grid, versions
+from ..generate import SampleSet, draw_chunks, finish, generate_images, save_grid, settings_of, versions
 from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
-from ..metrics.quality import FeatureStats, fd, nearest_neighbours
+from ..metrics.quality import FeatureStats, fd, nearest_neighbours, psnr
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
-from ..plan import build_dit, build_tokenizer
+from ..plan import build_dit, build_tokenizer, peak_rate, plan
+from ..processes import first_alone, is_first, rank, wait, world_size
 from ..published import load_tokenizer
-from ..tensors import autocast, generator, load_tensors, pick_device, seed_everything
+from ..tensors import autocast, generator, load_tensors, pick_device, precisions, resolve_precision, seed_everything
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.foundation import FoundationModel, cached_features
-from .callbacks import Every, StepBar, TermsLog
+from .callbacks import Checkpointing, Resume, fit_steps
 from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
-from .tokenizer import fit_steps, tokenizer_learner, tokenizer_phases
+from .logs import Every, StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, plot_history
+from .tokenizer import tokenizer_learner, tokenizer_phases
 
 # %% ../../nbs/53_training.stages.ipynb #bbcbd2e7
 stages = ("tokenizer", "latents", "dit", "sample", "evaluate")
+_free = ("device", "saving.", "tokenizer_training.accumulate", "tokenizer_training.grad_checkpointing", "dit_training.accumulate", "dit_training.grad_checkpointing")
 
 class Run:
     "A run folder: configuration, data, device, and the record of finished stages"
     def __init__(self,
         cfg:Config,    # Everything that determines the run
         out:str|Path,  # The folder; made if it is not there
+        stop:StopSignals|None=None, # Says when a training is to save and stop
     ):
-        self.cfg,self.out,self.device = cfg,Path(out),pick_device(cfg.device)
+        self.cfg,self.out,self.device,self.stop = cfg,Path(out),pick_device(cfg.device),stop
         kept = self.out/"config.yaml"
-        if kept.exists() and self.state: # A folder in which nothing is done yet may take another configuration
-            if changed := {k: v for k,v in differences(load_config(kept), cfg).items() if k != "device"}:
+        if kept.exists() and self.begun: # A folder in which nothing is done yet may take another configuration
+            if changed := {k: v for k,v in differences(load_config(kept), cfg).items() if not k.startswith(_free)}:
                 raise ConfigError(f"{self.out} holds a run of another configuration: " + ", ".join(f"{k} is {a} there and {b} now" for k,(a,b) in changed.items())
                                   + "; choose another --out, or start from its config.yaml")
-        elif self.out.exists() and not kept.exists() and any(self.out.iterdir()):
+        elif self.out.exists() and not kept.exists() and any(p.name != "run.lock" for p in self.out.iterdir()):
             raise ConfigError(f"{self.out} is not empty and holds no run (no config.yaml); choose another --out")
-        else: save_config(cfg, kept)
+        wait() # Until all have looked
+        if is_first(): save_config(cfg, kept)
 
     @cached_property
-    def data(self)->tuple[Images,Images]: return load_data(self.cfg.data.source, self.cfg.data.size, self.cfg.data.limit, self.cfg.data.cache)
+    def data(self)->tuple[Images,Images]:
+        with first_alone(): return load_data(self.cfg.data.source, self.cfg.data.size, self.cfg.data.limit, self.cfg.data.cache)
     @property
     def state(self)->dict: return json.loads((self.out/"state.json").read_text()) if (self.out/"state.json").exists() else {}
+    @property
+    def begun(self)->bool: return bool(self.state) or any((self.out/"checkpoints").glob("*/step-*.json"))
     def record(self, stage, **what): self._write(self.state | {stage: what})
     def forget(self, stage): # And what was made from it
-        self._write({k: v for k,v in self.state.items() if stages.index(k) < stages.index(stage)})
+        later = stages[stages.index(stage):]
+        self._write({k: v for k,v in self.state.items() if k not in later})
+        if is_first():
+            for s in later: shutil.rmtree(self.checkpoints(s).folder, ignore_errors=True); shutil.rmtree(self.out/"drawn", ignore_errors=True)
+        wait()
     def _write(self, state):
-        with atomic_write(self.out/"state.json") as tmp: tmp.write_text(json.dumps(state, indent=1))
+        wait() # Until all have read what there was
+        if is_first():
+            with atomic_write(self.out/"state.json") as tmp: tmp.write_text(json.dumps(state, indent=1))
+        wait()
 
+    def checkpoints(self, stage)->Checkpoints: return Checkpoints(self.out/"checkpoints"/stage, self.cfg.saving.keep)
     def file(self, name, stage): # A file that another stage leaves
         path = self.out/name
         if stage not in self.state or not path.exists(): raise CheckpointError(f"{path} is not there yet: run the stage '{stage}' first (--stage {stage})")
         return path
     def autocast(self): return autocast(self.device, self.cfg.precision)
     def tokenizer(self): return Autoencoder.load(self.file("tokenizer.safetensors", "tokenizer")).to(self.device).eval()
+    def grid(self, *args): # A picture, by the first process
+        if is_first(): save_grid(*args)
 
 # %% ../../nbs/53_training.stages.ipynb #63a65aa7
 def check_names(
@@ -79,8 +99,8 @@ def check_names(
     ddpm, when = cfg.dit_training.path == "ddpm", ("auto", "always", "never")
     known = {"dit_training.path": (*paths, "ddpm"), "dit_training.prediction": predictions, "dit_training.times": time_dists,
              "sampling.solver": ddpm_methods if ddpm else (*solvers, "sde"), "data.cache": when, "foundation.cache": when,
-             "tokenizer_training.schedule": ("constant", "cosine"), "dit_training.schedule": ("constant", "cosine"), "precision": ("auto", "fp32", "bf16"),
-             "tokenizer_training.precision": ("", "auto", "fp32", "bf16"), "tokenizer.normalize": ("channel", "global", *_factor(cfg.tokenizer.normalize))}
+             "tokenizer_training.schedule": ("constant", "cosine"), "dit_training.schedule": ("constant", "cosine"), "precision": precisions,
+             "tokenizer_training.precision": ("", *precisions), "tokenizer.normalize": ("channel", "global", *_factor(cfg.tokenizer.normalize))}
     settings = flat(cfg)
     for name,allowed in known.items():
         if settings[name] not in allowed: raise ConfigError(unknown_name(name, settings[name], allowed))
@@ -99,22 +119,23 @@ def run_stages(
     out:str|Path,            # The run folder
     only:str="all",          # One stage, or `all`
     force:bool=False,        # Do it again, and forget what was made from it
+    stop:StopSignals|None=None, # Says when a training is to save and stop
 )->Run:
-    "Do the stages of a run that are not done yet"
+    "Do the stages of a run that are not done yet, from where they were stopped"
     if only not in ("all", *stages): raise ConfigError(unknown_name("stage", only, ("all", *stages)))
     check_names(cfg)
-    run = Run(cfg, out)
-    wanted = stages if only == "all" else (only,)
-    if "dit" in wanted and "dit" not in run.state: build_dit(cfg, len(run.data[0].classes), depth=1) # Sizes that do not fit are refused before anything is trained
-    if force: run.forget(wanted[0])
-    for stage in wanted:
-        if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s"); continue
-        print(f"{stage}: {globals()[f'run_{stage}'].__doc__}", flush=True)
-        run.forget(stage)
-        seed_everything(cfg.seed)
-        start = time.time()
-        notes = globals()[f"run_{stage}"](run) or {}
-        run.record(stage, seconds=round(time.time()-start, 1), **notes)
+    with RunLock(out) if is_first() else nullcontext():
+        run = Run(cfg, out, stop)
+        wanted = stages if only == "all" else (only,)
+        if "dit" in wanted and "dit" not in run.state: build_dit(cfg, len(run.data[0].classes), depth=1) # Sizes that do not fit are refused before anything is trained
+        if force: run.forget(wanted[0])
+        for stage in wanted:
+            if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s"); continue
+            print(f"{stage}: {globals()[f'run_{stage}'].__doc__}", flush=True)
+            seed_everything(cfg.seed)
+            start = time.time()
+            notes = globals()[f"run_{stage}"](run) or {}
+            run.record(stage, **dict(seconds=round(time.time()-start, 1)) | notes)
     return run
 
 # %% ../../nbs/53_training.stages.ipynb #ae8833cf
@@ -133,6 +154,28 @@ def _features(run, tok, train): # Cached, or the network itself; and its key
     vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
     return (cached_features(vfm, train, precision=run.cfg.tokenizer_training.precision or run.cfg.precision) if keep_on_disk(f.cache, vfm.feature_bytes(len(train))) else vfm), vfm.key
 
+def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0., name="", flops=0, look=None, measure=None, **kw):
+    "Make a stage's (or phase's) learner, with log, pictures and checkpoints, and train it from a state on"
+    cfg, start, s = run.cfg, time.time(), run.cfg.saving
+    writers = [*([TensorBoardWriter(run.out/"tensorboard"/stage)] if s.tensorboard else []), *([WandbWriter(s.wandb, f"{run.out.name} {stage}", run.out/"wandb"/stage)] if s.wandb else [])]
+    log = TermsLog(run.out/"log.csv", stage, s.log_every, first, flops_per_image=flops, peak=peak_rate(run.device, resolve_precision(run.device, kw["precision"])), writers=writers)
+    if state is None and not first and is_first(): cut_log(log.path, stage) # Rows of an earlier try
+    extra = lambda: dict(phase=phase, seconds=began+time.time()-start)
+    saving = Checkpointing(run.checkpoints(stage), training.steps, s.every, run.stop, first, extra, (lambda learn: measure(learn, log)) if measure else None)
+    learn = make(training=training, device=run.device, patience=cfg.patience, log=log, cbs=[StepBar(training.steps, name or stage), Every(max(1, training.steps//3), look), Resume(state), saving, *kw.pop("cbs", [])], **kw)
+    try:
+        with run.stop.deferred() if run.stop else nullcontext(): fit_steps(learn, training.steps)
+    finally:
+        for w in writers: w.close()
+        _curves(run)
+    return learn, extra()["seconds"]
+
+def _found(run, stage): # What to go on from: phase, state, seconds
+    if (found := run.checkpoints(stage).newest()) is None: return 0, None, 0.
+    step, state = found
+    print(f"{stage}: goes on from its checkpoint of step {step}", flush=True)
+    return state["phase"], state, state["seconds"]
+
 def _dashboard(run, tok): # None, or one, for all phases
     e, f = run.cfg.evaluation, run.cfg.foundation
     if not e.dashboard_every: return []
@@ -140,7 +183,7 @@ def _dashboard(run, tok): # None, or one, for all phases
     if f.name != "none":
         vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
         features = torch.from_numpy(np.array(cached_features(vfm, images, precision=run.cfg.tokenizer_training.precision or run.cfg.precision)[:, 0]))
-    return [LatentDashboard(images, e.dashboard_every, features, _fresh_log(run, "dashboard"), run.out/"dashboard.png", run.cfg.seed)]
+    return [LatentDashboard(images, e.dashboard_every, features, run.out/"log.csv", run.out/"dashboard.png", run.cfg.seed)]
 
 def run_tokenizer(run:Run)->dict:
     "train the tokenizer, aligned with the foundation model"
@@ -148,20 +191,27 @@ def run_tokenizer(run:Run)->dict:
     t, tok = cfg.tokenizer_training, _first_tokenizer(cfg)
     features, vfm_key = _features(run, tok, train)
     board = _dashboard(run, tok)
-    seconds, shown = round(time.time()-start, 1), test.batch(first_of_each(test.labels, 12))
-    phases, path, done, before = tokenizer_phases(cfg.vf, t), _fresh_log(run, "tokenizer"), 0, None
+    seconds, shown, held = round(time.time()-start, 1), test.batch(first_of_each(test.labels, 12)), test.batch(first_of_each(test.labels, 200))
+    def measure(learn, log):
+        x = reconstruct(tok, held)
+        l1 = (x-held).abs().flatten(1).sum(1).mean().item()
+        log.write(log.first+learn.train_iter, log.seconds, {"valid/l1": l1, "valid/psnr": psnr(x, held).mean().item()})
+        return l1
+    phases, done, before, (at, state, began) = tokenizer_phases(cfg.vf, t), 0, None, _found(run, "tokenizer")
+    flops = plan(cfg)["tokenizer"]["step"] if phases else 0
     for i,(vf,training) in enumerate(phases):
+        if i < at: done += training.steps; continue # Its networks are in the state
         def look(learn, done=done):
-            path = run.out/"progress"/f"reconstructions-{done+learn.train_iter:06d}.png"
-            save_grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], path, f"step {done+learn.train_iter}")
+            run.grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], run.out/"progress"/f"reconstructions-{done+learn.train_iter:06d}.png", f"step {done+learn.train_iter}")
         for b in board: b.first = done
-        name = "tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}"
-        learn = tokenizer_learner(tok, train, features, vf=vf, training=training, device=run.device, precision=t.precision or cfg.precision, seed=cfg.seed+1000*i,
-                                  after=before, log=TermsLog(path, "tokenizer", first=done), cbs=[StepBar(training.steps, name), Every(max(1, training.steps//3), look), *board])
-        fit_steps(learn, training.steps)
-        done, before = done+training.steps, learn.loss_func
-    tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
-    return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key) | {"dashboard_seconds": round(b.seconds, 1) for b in board}
+        def make(**kw): return tokenizer_learner(tok, train, features, vf=vf, after=before, seed=cfg.seed+1000*i, **kw)
+        learn, began = _train(run, "tokenizer", make, training, phase=i, first=done, state=state, began=began, name="tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}",
+                              flops=flops, look=look, measure=measure, precision=t.precision or cfg.precision, cbs=board)
+        done, before, state = done+training.steps, learn.loss_func, None
+    if is_first():
+        tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
+        if phases: run.checkpoints("tokenizer").finish()
+    return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key) | {"dashboard_seconds": round(b.seconds, 1) for b in board} | (dict(seconds=round(began+seconds, 1)) if phases else {})
 
 @torch.no_grad()
 def reconstruct(
@@ -175,22 +225,18 @@ def reconstruct(
     tok.train(training)
     return out
 
-def _fresh_log(run, stage): # Rows of an earlier or interrupted try of this stage go
-    path = run.out/"log.csv"
-    if path.exists():
-        rows = [r for r in csv.reader(path.open()) if r[0] != stage]
-        with atomic_write(path) as tmp, open(tmp, "w", newline="") as f: csv.writer(f).writerows(rows)
-    return path
-
 # %% ../../nbs/53_training.stages.ipynb #033caa2f
 def run_latents(run:Run)->dict:
     "encode both flips of every training image and take the latent statistics"
-    tok, (train, _) = run.tokenizer(), run.data
+    tok, (train, _), cfg = run.tokenizer(), run.data, run.cfg
     folder, path = run.out/"latents", run.out/"tokenizer.safetensors"
-    extract_shards(tok, train, folder, seed=run.cfg.seed, batch_size=run.cfg.evaluation.batch_size, precision=run.cfg.precision, replace=True)
-    record_statistics(tok, folder, seed=run.cfg.seed, normalize=run.cfg.tokenizer.normalize)
-    tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
-    latents = load_latents(folder, tok)
+    extract_shards(tok, train, folder, seed=cfg.seed, batch_size=cfg.evaluation.batch_size, share=(rank(), world_size()), precision=cfg.precision, replace=True)
+    wait()
+    if is_first():
+        record_statistics(tok, folder, seed=cfg.seed, normalize=cfg.tokenizer.normalize)
+        tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
+    wait()
+    latents = load_latents(folder, run.tokenizer())
     return dict(images=len(latents), shape=list(latents.shape), shards=len(latents.shards))
 
 # %% ../../nbs/53_training.stages.ipynb #ae5ff0e3
@@ -204,22 +250,39 @@ def run_dit(run:Run)->dict:
     def look(learn):
         with learn.ema.applied() as m: x = _draw(run, m, tok, labels, points=20, progress=False)
         _class_grid(run, x, labels, run.out/"progress"/f"samples-{learn.train_iter:06d}.png", f"step {learn.train_iter}")
-    log = TermsLog(_fresh_log(run, "dit"), "dit")
-    learn = dit_learner(model, latents, training=t, device=run.device, precision=cfg.precision, seed=cfg.seed, log=log,
-                        cbs=[StepBar(t.steps, "LightningDiT"), Every(max(1, t.steps//3), look)])
-    fit_steps(learn, t.steps)
-    model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
-    return dict(parameters=count_params(model))
+    x1, y = _held_out(run, tok)
+    def measure(learn, log):
+        with learn.ema.applied() as m: loss = _held_out_loss(run, m.eval(), learn.flow_batch.flow, x1, y)
+        m.train()
+        log.write(learn.train_iter, log.seconds, {"valid/loss": loss})
+        return loss
+    _, state, began = _found(run, "dit")
+    learn, seconds = _train(run, "dit", lambda **kw: dit_learner(model, latents, seed=cfg.seed, **kw), t, state=state, began=began, name="LightningDiT", flops=3*plan(cfg)["dit"]["forward"],
+                            look=look, measure=measure, precision=cfg.precision)
+    if is_first():
+        model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
+        run.checkpoints("dit").finish()
+    return dict(parameters=count_params(model), seconds=round(seconds, 1))
+
+def _held_out(run, tok, n=256): # Latents of test images, and their labels
+    test = run.data[1]
+    i = first_of_each(test.labels, n)
+    with run.autocast(), torch.no_grad(): return tok.encode(test.batch(i).to(run.device), generator(run.cfg.seed, "held-out latents", run.device)).float(), torch.as_tensor(test.labels[i]).to(run.device)
+
+@torch.no_grad()
+def _held_out_loss(run, model, flow, x1, y): # At the same noise and times each time
+    xt, t, target = flow.prepare(x1, generator(run.cfg.seed, "held-out loss", run.device))
+    with run.autocast(): return flow.loss(model(xt, t, y, flow.learnt_sigma).float(), target, t)[0].item()
 
 def _class_grid(run, pixels, labels, path, title):
     classes = labels.unique().tolist()
-    save_grid([pixels[(labels == c).numpy()][:10] for c in classes], [run.data[0].classes[c] for c in classes], path, title)
+    run.grid([pixels[(labels == c).numpy()][:10] for c in classes], [run.data[0].classes[c] for c in classes], path, title)
 
 # %% ../../nbs/53_training.stages.ipynb #6166aabc
-def _draw(run, model, tok, labels, **kw): # With the run's settings
+def _how(run): # The run's settings of drawing
     t = run.cfg.dit_training
-    return generate_images(model, tok, labels, run.cfg.sampling, path=t.path, prediction=t.prediction, seed=run.cfg.seed, device=run.device, precision=run.cfg.precision,
-                           batch_size=run.cfg.evaluation.batch_size, **kw)
+    return dict(path=t.path, prediction=t.prediction, seed=run.cfg.seed, device=run.device, precision=run.cfg.precision, batch_size=run.cfg.evaluation.batch_size)
+def _draw(run, model, tok, labels, **kw): return generate_images(model, tok, labels, run.cfg.sampling, **_how(run), **kw)
 
 def run_sample(run:Run)->dict:
     "draw images of every class, with guidance and without"
@@ -227,11 +290,17 @@ def run_sample(run:Run)->dict:
     if model.meta["tokenizer"] != tok.fingerprint():
         raise CheckpointError(f"dit.safetensors was trained on latents of tokenizer {model.meta['tokenizer']}, but tokenizer.safetensors is {tok.fingerprint()}; run the stage 'dit' again")
     labels = torch.arange(cfg.sampling.n) % model.num_classes
+    settings = settings_of(cfg, run.out/"dit.safetensors", "ema", tok, "balanced", run.device)
     for guided,name in ((True, "samples"), (False, "samples_unguided")):
-        x = _draw(run, model, tok, labels, guided=guided)
-        with atomic_write(run.out/f"{name}.npz") as tmp: np.savez(tmp, arr_0=x, labels=labels.numpy())
-        first = labels < 12
-        _class_grid(run, x[first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
+        samples = SampleSet(run.out/"drawn"/name, labels, settings | dict(guided=guided), run.data[0].classes, cfg.evaluation.batch_size)
+        draw_chunks(samples, model, tok, cfg.sampling, rank=rank(), world_size=world_size(), guided=guided, **_how(run))
+        wait()
+        if is_first():
+            shutil.move(finish(samples, ["npz"])[0], run.out/f"{name}.npz")
+            first = labels < 12
+            _class_grid(run, np.load(run.out/f"{name}.npz")["arr_0"][first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
+    wait()
+    if is_first(): shutil.rmtree(run.out/"drawn")
     return dict(images=2*len(labels))
 
 # %% ../../nbs/53_training.stages.ipynb #13a6d92c
@@ -244,9 +313,9 @@ def provenance(
 
 def run_evaluate(run:Run)->dict:
     "measure reconstruction, generation and the latent's uniformity"
-    result = dict(provenance=provenance(run), reconstruction=_reconstruction(run), generation=_generation(run), uniformity=_uniformity(run))
-    _curves(run)
-    result["seconds"] = {k: v["seconds"] for k,v in run.state.items()}
+    result = dict(provenance=provenance(run), reconstruction=_reconstruction(run), generation=_generation(run))
+    if not is_first(): return
+    result |= dict(uniformity=_uniformity(run), seconds={k: v["seconds"] for k,v in run.state.items()})
     with atomic_write(run.out/"metrics.json") as tmp: tmp.write_text(json.dumps(result, indent=1))
 
 # %% ../../nbs/53_training.stages.ipynb #261f485d
@@ -256,7 +325,7 @@ def _reconstruction(run):
     tok, test = run.tokenizer(), _subset(run.data[1], run.cfg.evaluation.images)
     measured = evaluate_reconstruction(tok, test, batch_size=run.cfg.evaluation.batch_size)
     shown = test.batch(first_of_each(test.labels, 12))
-    save_grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], run.out/"reconstructions.png", "test images and their reconstructions")
+    run.grid([to_uint8(shown), to_uint8(reconstruct(tok, shown))], ["input", "output"], run.out/"reconstructions.png", "test images and their reconstructions")
     return {f["metric"]: f["value"] for f in measured.figures} | dict(n=len(test), images=f"{test.name} {test.fingerprint}", latent="mode of the posterior")
 
 # %% ../../nbs/53_training.stages.ipynb #b366714f
@@ -279,7 +348,7 @@ def _generation(run):
     near, which = nearest_neighbours(feats["samples"], feats["train"]) # Of the last network
     real, _ = nearest_neighbours(feats["test"], feats["train"])
     pick = np.arange(min(20, len(which)))
-    save_grid([drawn["samples"]["arr_0"][pick], to_uint8(refs["train"].batch(which[pick, 0]))], ["sample", "nearest\ntraining image"],
+    run.grid([drawn["samples"]["arr_0"][pick], to_uint8(refs["train"].batch(which[pick, 0]))], ["sample", "nearest\ntraining image"],
               run.out/"nearest.png", f"samples and their nearest training images over {name}")
     return dict(fd=rows, nearest=dict(network=name, median_of_samples=near.median().item(), median_of_test_images=real.median().item()),
                 sampling=dict(n=len(drawn["samples"]["arr_0"]), labels="balanced", points=s.points, solver=s.solver, shift=s.shift, cfg_scale=s.cfg_scale,
@@ -301,26 +370,9 @@ def _uniformity(run):
     return dict(density_cv=density_cv(p), gini=gini(p), normalised_entropy=normalised_entropy(p), knn_distance_cv=knn_distance_cv(v), n=n,
                 perplexity=perplexity, runs=1, seed=seed)
 
-def read_log(
-    path:str|Path, # A run's log.csv
-)->dict[str,dict[str,list]]: # Stage → term → [(step, value), …]
-    "The log of a run, by stage and term"
-    out = {}
-    for stage,step,_,term,value in list(csv.reader(open(path)))[1:]: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
-    return out
-
-def _curves(run):
-    log = read_log(run.out/"log.csv")
-    panels = [("tokenizer", ("loss/l1", "loss/lpips", "loss/gan"), "terms of the tokenizer's loss"), ("tokenizer", ("vf_cos", "vf_distmat"), "alignment, before weights"),
-              ("dit", ("loss/mse", "loss/direction"), "LightningDiT")]
-    fig, axs = plt.subplots(1, 3, figsize=(11, 2.8), dpi=100)
-    for ax,(stage,terms,title) in zip(axs, panels):
-        for t in terms:
-            if t in log.get(stage, {}): ax.plot(*zip(*log[stage][t]), label=t)
-        ax.set_title(title, fontsize=10); ax.set_xlabel("step")
-        if ax.lines: ax.legend(fontsize=8)
-        else: ax.text(.5, .5, "not used in this run", ha="center", transform=ax.transAxes)
-    fig.tight_layout()
+def _curves(run): # Of all trainings so far
+    if not is_first() or not (run.out/"log.csv").exists(): return
+    fig = plot_history(run.out/"log.csv")
     with atomic_write(run.out/"curves.png") as tmp: fig.savefig(tmp)
     plt.close(fig)
 

@@ -18,7 +18,7 @@ from ..config import TokenizerTraining, VF
 from ..core import ShapeError
 from ..data import Batches, Images
 from ..processes import sum_over
-from ..tensors import autocast, generator
+from ..tensors import at_least_fp32, autocast, generator
 from ..tokenizer.adversarial import PatchGAN, generator_loss, gradient_at, gradient_ratio, hinge_d_loss, once_differentiated
 from ..tokenizer.autoencoder import Autoencoder
 from ..tokenizer.foundation import FoundationModel, feature_precision
@@ -62,11 +62,11 @@ class TokenizerLoss(nn.Module):
     )->tuple[dict,dict]:         # `nll`, `kl`, `gan`, `vf` before their weights; and their parts, for the log
         "What the objective is the weighted sum of"
         (rec, posterior, z), c = pred, self.training_config
-        rec, learning = rec.float(), torch.is_grad_enabled()
+        rec, learning = at_least_fp32(rec), torch.is_grad_enabled()
         nll, parts = once_differentiated(lambda r: self.reconstruction(r, x), rec) if learning else self.reconstruction(rec, x)
         out = dict(nll=nll, kl=self.share*c.kl_weight*posterior.kl().mean())
         if learning and self.disc is not None and self.step >= c.disc_start:
-            out["gan"] = once_differentiated(lambda r: self.share*generator_loss(self.disc(r).float()), rec)
+            out["gan"] = once_differentiated(lambda r: self.share*generator_loss(at_least_fp32(self.disc(r))), rec)
         if learning and self.vf is not None and features is not None:
             v, vf_parts = self.vf(z, features)
             out["vf"], parts = self.share*v, parts | {k: self.share*o for k,o in vf_parts.items()}
@@ -113,8 +113,8 @@ class Discriminator(Callback):
     def load_state_dict(self, state): load_optimizer_state(self.d_opt, state)
     def after_step(self):
         if self.train_iter < self.config.disc_start: return
-        share, real, fake = self.loss_func.share, torch.cat([y[0] for _,y,_ in self.parts]), torch.cat([p[0].detach().float() for p in self.preds])
-        with autocast(real.device, self.precision): logits_real, logits_fake = self.disc(real).float(), self.disc(fake).float()
+        share, real, fake = self.loss_func.share, torch.cat([y[0] for _,y,_ in self.parts]), torch.cat([at_least_fp32(p[0].detach()) for p in self.preds])
+        with autocast(real.device, self.precision): logits_real, logits_fake = at_least_fp32(self.disc(real)), at_least_fp32(self.disc(fake))
         loss = share*hinge_d_loss(logits_real, logits_fake)
         self.d_opt.zero_grad(); loss.backward()
         grads = [sum_over(p.grad) for p in self.disc.parameters()]
