@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['Checkpoints', 'RunLock', 'StopSignals']
 
-# %% ../nbs/47_checkpoints.ipynb #d0f35366
+# %% ../nbs/47_checkpoints.ipynb #883b94b6
 import errno, fcntl, json, math, os, re, shutil, signal, socket, sys, threading, time, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
-import torch
+import torch, vavae_nb
 from safetensors import SafetensorError
 from torch import Tensor
-from . import __version__
 from .core import CheckpointError, ConfigError, Stopped, VavaeError, atomic_write, sha256_file
 from .tensors import load_tensors, save_tensors
 
@@ -53,7 +52,7 @@ def _apart(tensors):
         yield k, v.clone() if at in seen else v
         seen.add(at)
 
-# %% ../nbs/47_checkpoints.ipynb #da55b6d9
+# %% ../nbs/47_checkpoints.ipynb #89ec7019
 class Checkpoints:
     "The checkpoints of a run, in a folder of their own; its newest `keep` and its best are kept"
     def __init__(self,
@@ -83,7 +82,7 @@ class Checkpoints:
         try:
             if need > shutil.disk_usage(self.folder).free: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             save_tensors(part := self.folder/f"{stem}.safetensors", dict(_apart(tensors)), dict(step=step, score=score, state=tree))
-            info = dict(step=step, score=score, sha256=sha256_file(part), bytes=part.stat().st_size, vavae_nb=__version__, torch=torch.__version__)
+            info = dict(step=step, score=score, sha256=sha256_file(part), bytes=part.stat().st_size, vavae_nb=vavae_nb.__version__, torch=torch.__version__)
             os.replace(part, data := self._data(step, info)); _sync(self.folder)
             with atomic_write(self._json(step)) as tmp: tmp.write_text(json.dumps(info, indent=1))
             _sync(self.folder)
