@@ -219,15 +219,15 @@ class LazyImages(Images):
         try:
             with Image.open(self.paths[i]) as im: return center_crop(im, self.size)
         except Exception as e: # Pillow raises many kinds for a broken file
-            self._broken[i] = f"{self.paths[i].name} ({type(e).__name__})"
-            warnings.warn(f"{self.paths[i]} could not be decoded ({type(e).__name__}) and is left out")
+            said = f"{self.paths[i].name} ({type(e).__name__})"
+            if self._broken.setdefault(i, said) is said: warnings.warn(f"{self.paths[i]} could not be decoded ({type(e).__name__}) and is left out") # Once, by whichever thread
 
     def _decode_some(self, i):
         if (pixels := self._decode(i)) is not None: return pixels
         same = np.flatnonzero(self.labels == self.labels[i])
         for j in np.roll(same, -np.searchsorted(same, i))[1:]:
             if (pixels := self._decode(j)) is not None: return pixels
-        raise DataError(f"none of the {len(same)} images of class '{self.classes[self.labels[i]]}' could be decoded")
+        raise DataError(f"none of the {len(same)} images of class '{self.classes[self.labels[i]]}' could be decoded, such as {self.paths[i]}; are the files still there?")
 
     def _all(self, decode, indices): return list(self._pool.map(decode, np.arange(len(self))[_index(indices)]))
 
