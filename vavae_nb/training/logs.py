@@ -100,7 +100,7 @@ def peak_memory(
 def _widest(device): return torch.float32 if device.type == "mps" else torch.float64 # Which MPS does not have
 def _wide(v): return v.detach().to(_widest(v.device)) if isinstance(v, Tensor) else v
 
-# %% ../../nbs/51_training.logs.ipynb #7688ce43
+# %% ../../nbs/51_training.logs.ipynb #0e03659e
 class TermsLog(Callback):
     "Means of every term over `every` steps, in `history`, a CSV and other writers; before `Checkpointing`, which keeps what it has summed up"
     order = 80
@@ -123,7 +123,7 @@ class TermsLog(Callback):
 
     def before_fit(self):
         self.clock = time.time()
-        if self.flops and self.peak and is_first(): print(f"mfu is the share of {self.peak[0]/1e12:.4g} TFLOP/s"+(f" on each of {world_size()} devices" if world_size() > 1 else "")+f", {self.peak[1]}")
+        if self.flops and self.peak and is_first(): print(f"mfu is the share of {self.peak[0]/1e12:.3g} TFLOP/s"+(f" on each of {world_size()} devices" if world_size() > 1 else "")+f", {self.peak[1]}")
     def before_batch(self): self.learn.terms = {}
     def after_loss(self):
         log_terms(self.learn, loss=self.learn.loss, **getattr(self.loss_func, "terms", {}))
@@ -208,13 +208,16 @@ class Every(Callback):
     def after_batch(self):
         if self.training and self.steps and self.train_iter % self.steps == 0 and is_first(): self.fn(self.learn)
 
-# %% ../../nbs/51_training.logs.ipynb #70bcc14b
+# %% ../../nbs/51_training.logs.ipynb #3d881082
 _panels = {"terms of the loss": lambda k: k.startswith("loss/") or k == "loss", "alignment, before weights": lambda k: k in ("vf_cos", "vf_distmat"),
            "discriminator": lambda k: k.startswith("disc_"), "adaptive weights": lambda k: k.endswith("_scale"),
            "gradient norms": lambda k: "grad_norm" in k, "learning rate": lambda k: k == "lr" or k.endswith("_lr"),
            "images a second, and MFU": lambda k: k in ("images_per_second", "mfu"), "memory, GB": lambda k: k == "memory_gb", "validation": lambda k: k.startswith("valid/"),
            "share of steps skipped": lambda k: k == "skipped"}
 _logarithmic = ("terms of the loss", "adaptive weights", "gradient norms")
+
+class _Plain(LogFormatter): # 0.6 where it says 6e-01
+    def __call__(self, x, pos=None): return f"{x:g}" if super().__call__(x, pos) else ""
 
 def _draw(ax, title, terms): # One panel
     for i,(k,points) in enumerate(terms.items()):
@@ -224,8 +227,8 @@ def _draw(ax, title, terms): # One panel
     if title in _logarithmic:
         positive = all(v > 0 for p in terms.values() for _,v in p)
         ax.set_yscale("log" if positive else "symlog")
-        if positive: ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
-    if title == "images a second, and MFU": ax.set_ylim(0)
+        if positive: ax.yaxis.set_major_formatter(_Plain()); ax.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, .4)))
+    if title in ("images a second, and MFU", "memory, GB"): ax.set_ylim(0)
     if len(terms) > 1 and "mfu" not in terms: ax.legend(fontsize=6, frameon=False, ncols=1+(len(terms) > 3))
     ax.set_title(title if "mfu" in terms or "MFU" not in title else "images a second", fontsize=8); ax.tick_params(which="both", labelsize=7); ax.grid(alpha=.2)
 

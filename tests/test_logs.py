@@ -1,0 +1,141 @@
+"Logs: rows on many processes, after a kill, in TensorBoard and W&B, and lines without a terminal"
+import copy, os, re, socket, subprocess, sys, types
+from functools import partial
+from pathlib import Path
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from vavae_nb.data import Batches
+from vavae_nb.processes import is_first
+from vavae_nb.training.callbacks import ClipGrad, DataParallel, Loaders, LRSchedule, MaxSteps, MicroBatches, Resume, fit_steps, training_state
+from vavae_nb.training.logs import StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, read_log
+
+CLOCKS = ("images_per_second", "memory_gb", "mfu")
+
+class Loss(nn.Module):
+    "Of two terms, one of them in two steps of three; a share of the batch's mean"
+    def __init__(self, share): super().__init__(); self.share = share; self.register_buffer("step", torch.tensor(0))
+    def forward(self, pred, y):
+        self.step += 1
+        parts = {"loss/error": self.share*(pred-y).square().mean()}
+        if self.step % 3: parts["loss/size"] = self.share*.01*pred.abs().mean()
+        self.terms = {k: v.detach() for k,v in parts.items()}
+        return sum(parts.values())
+
+class At(Callback):
+    "Call `fn(learn)` after step `step`, as a checkpoint would be written"
+    order = 88
+    def __init__(self, step, fn): self.step,self.fn = step,fn
+    def after_batch(self):
+        if self.train_iter == self.step: self.fn(self.learn)
+
+def toy(*cbs, n=66, bs=12):
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)); y = x@torch.tensor([[2.], [-1.]])
+    torch.manual_seed(0)
+    dls = Loaders(Batches(n, lambda i,f: (x[i], y[i]), bs))
+    return Learner(dls, nn.Linear(2, 1), Loss(dls.train.share), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.1,
+                   cbs=[MicroBatches(), ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20), *cbs])
+
+def rows(path, stage="toy"): return {k: v for k,v in read_log(path)[stage].items() if k not in CLOCKS}
+def close(a, b): # Six digits are written
+    assert a.keys() == b.keys()
+    for k in a:
+        assert [s for s,_ in a[k]] == [s for s,_ in b[k]]
+        assert [v for _,v in a[k]] == pytest.approx([v for _,v in b[k]], rel=1e-5, abs=1e-7), k
+
+def on_two(folder):
+    "What one of two processes does: log 20 steps, keep the state of step 10"
+    keep = lambda learn: (state := training_state(learn)) and is_first() and torch.save(state, folder/"state.pt")
+    fit_steps(toy(TermsLog(folder/"two.csv", "toy", every=4, flops_per_image=12, peak=(1e9, "a guess")), StepBar(20, "toy"), At(10, keep)), 20)
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "That on two processes, whose standard error is not a terminal"
+    d = tmp_path_factory.mktemp("two")
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(Path(__file__).parent), PYTHONWARNINGS="ignore")
+    code = f"import torch; from pathlib import Path; from test_logs import on_two; from vavae_nb.processes import joined\nwith joined(torch.device('cpu')): on_two(Path({str(d)!r}))"
+    ps = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [p.communicate(timeout=120) for p in ps]
+    assert not any(p.returncode for p in ps), said
+    return d, said
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    "The unbroken run on one process"
+    p = tmp_path_factory.mktemp("one")/"log.csv"
+    fit_steps(toy(TermsLog(p, "toy", every=4)), 20)
+    return rows(p)
+
+def test_two_processes_leave_the_log_of_one(two, one):
+    close(rows(two[0]/"two.csv"), one)
+    rate, mfu = (read_log(two[0]/"two.csv")["toy"][k] for k in ("images_per_second", "mfu"))
+    assert [v for _,v in mfu] == pytest.approx([v*12/1e9/2 for _,v in rate], rel=1e-4) # Of two devices
+
+def test_a_run_of_two_processes_goes_on_on_one(two, one, tmp_path):
+    p = tmp_path/"log.csv"
+    p.write_bytes((two[0]/"two.csv").read_bytes())
+    state = torch.load(two[0]/"state.pt", weights_only=True)
+    assert state["callbacks"]["TermsLog"]["count"] == 2 and state["callbacks"]["TermsLog"]["items"] == 24
+    fit_steps(toy(TermsLog(p, "toy", every=4), Resume(state)), 20)
+    close(rows(p), one)
+
+def test_lines_without_a_terminal_and_from_the_first_process_only(two):
+    (out, err), (out1, err1) = two[1]
+    assert re.fullmatch(r"(toy: \d+/20 steps, [\d.,]+ steps/s, .*\n)*toy: 20/20 steps, [\d.,]+ steps/s, in \d+ s, [\d,]+ images/s, loss [\d.e-]+\n", err), repr(err)
+    assert (out1, err1) == ("", "") and out == "mfu is the share of 0.001 TFLOP/s on each of 2 devices, a guess\n"
+
+@pytest.mark.parametrize("at,killed", [(10, 13), (8, 8), (8, 17), (20, 20), (1, 4)]) # In the middle of a row, at its end, at the end of all
+def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, killed, one, tmp_path):
+    p = tmp_path/"log.csv"
+    p.write_text("stage,step,seconds,term,value\nother,99,1.0,loss,0.5\n")
+    kept = []
+    def die(_): raise KeyboardInterrupt
+    cut = toy(TermsLog(p, "toy", every=4), At(at, lambda l: kept.append(copy.deepcopy(training_state(l)))), *([At(killed, die)] if killed < 20 else []))
+    try: fit_steps(cut, 20)
+    except KeyboardInterrupt: p.write_text(p.read_text()+"toy,20,1.0,lo") # And in the middle of a write
+    again = TermsLog(p, "toy", every=4)
+    fit_steps(toy(again, Resume(kept[0])), 20)
+    assert rows(p) == one and read_log(p)["other"] == dict(loss=[(99, .5)])
+    assert [(r["step"], float(f"{r['loss']:.6g}")) for r in again.history] == one["loss"]
+    assert sorted(float(l.split(",")[2]) for l in p.read_text().splitlines()[2:]) == [float(l.split(",")[2]) for l in p.read_text().splitlines()[2:]] # Seconds go on
+
+def test_tensorboard_holds_the_rows_of_the_csv(tmp_path):
+    kept, p = [], tmp_path/"log.csv"
+    def log(): return TermsLog(p, "toy", every=4, writers=[TensorBoardWriter(tmp_path/"tensorboard"/"toy")])
+    def die(_): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit_steps(toy(log(), At(10, lambda l: kept.append(copy.deepcopy(training_state(l)))), At(14, die)), 20)
+    fit_steps(toy(log(), Resume(kept[0])), 20)
+    events = EventAccumulator(str(tmp_path/"tensorboard"/"toy")).Reload()
+    csv = read_log(p)["toy"]
+    assert set(events.Tags()["scalars"]) == set(csv)
+    for k,points in csv.items():
+        assert [e.step for e in events.Scalars(k)] == [s for s,_ in points] == [4, 8, 12, 16, 20]
+        assert [e.value for e in events.Scalars(k)] == pytest.approx([v for _,v in points], rel=1e-5)
+
+def test_wandb_gets_the_rows_and_a_continued_run_is_the_same_one(tmp_path, monkeypatch):
+    calls = []
+    class Run:
+        def log(self, row, step): calls.append((step, row["loss"]))
+        def finish(self): calls.append("finish")
+    fake = types.ModuleType("wandb"); fake.__spec__ = types.SimpleNamespace(name="wandb")
+    fake.init = lambda **kw: calls.append(kw) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    kept, log = [], lambda: TermsLog(every=10, writers=[WandbWriter("vavae", "toy-run", tmp_path/"wandb"/"toy")])
+    fit_steps(toy(log(), At(10, lambda l: kept.append(copy.deepcopy(training_state(l))))), 20)
+    first, ten, twenty, end = calls
+    assert (first["project"], first["name"], first["resume"], ten[0], twenty[0], end) == ("vavae", "toy-run", "allow", 10, 20, "finish")
+    calls.clear(); fit_steps(toy(log(), Resume(kept[0])), 20)
+    assert calls == [first, twenty, "finish"]
+    calls.clear(); fit_steps(toy(log()), 20)
+    assert calls[0]["id"] != first["id"] # Begun anew: another run
+
+def test_cutting_a_log_that_is_not_there_or_is_cut_short(tmp_path):
+    cut_log(tmp_path/"log.csv", "dit")
+    assert not (tmp_path/"log.csv").exists()
+    (tmp_path/"log.csv").write_text("stage,step,seconds,term,value\ndit,4,0.1,loss,2\ndit,8,0.2,loss,1\ndit,12")
+    cut_log(tmp_path/"log.csv", "dit", 8)
+    assert read_log(tmp_path/"log.csv") == dict(dit=dict(loss=[(4, 2.)]))
