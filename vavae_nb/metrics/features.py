@@ -169,6 +169,20 @@ def feature_extractor(
     if weights is not None and name != "inception": raise ConfigError(f"{name} has one set of weights; only inception takes others")
     return FeatureExtractor(name, network(weights) if weights is not None else network(), image_size or size, filter or own, stored=name == "inception")
 
+# %% ../../nbs/40_metrics.features.ipynb #3980c4c5
+def shared_batches(
+    n:int,          # Images
+    batch_size:int, # Images a process at a time
+)->list[tuple[slice,Callable[[Tensor],Tensor]]]: # Of each batch: the images of this process, and what puts the processes' rows together, in the order of the images
+    "Cut images into batches that all processes go through together"
+    step, out = batch_size*world_size(), []
+    for i in range(0, n, step):
+        k = min(step, n-i)
+        if k < world_size(): out.append((slice(i, i+k), lambda x: x)); continue # Too few to share: each computes them all
+        s = share(k)
+        out.append((slice(i+s.start, i+s.stop), partial(gather_rows, n=k)))
+    return out
+
 # %% ../../nbs/40_metrics.features.ipynb #70035d36
 def _not_images(images): # What is wrong with an array, and what to do
     s,kind = tuple(images.shape),str(images.dtype).removeprefix("torch.")
@@ -193,19 +207,6 @@ def _source(images): # (number, (first, last, flip) -> batch, fingerprint or Non
 def _refuse(bad, first, message): # An error that names the first image where `bad`, of shape (b, …), is true
     rows = bad.flatten(1).any(1).nonzero()
     if len(rows): raise DataError(message.format(first+rows[0].item()))
-
-def shared_batches(
-    n:int,          # Images
-    batch_size:int, # Images a process at a time
-)->list[tuple[slice,Callable[[Tensor],Tensor]]]: # Of each batch: the images of this process, and what puts the processes' rows together, in the order of the images
-    "Cut images into batches that all processes go through together"
-    step, out = batch_size*world_size(), []
-    for i in range(0, n, step):
-        k = min(step, n-i)
-        if k < world_size(): out.append((slice(i, i+k), lambda x: x)); continue # Too few to share: each computes them all
-        s = share(k)
-        out.append((slice(i+s.start, i+s.stop), partial(gather_rows, n=k)))
-    return out
 
 def feature_batches(
     extractor:FeatureExtractor, # On the device where it should run

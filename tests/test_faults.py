@@ -1,0 +1,106 @@
+"Data that fails while a training reads it: images and shards that are cut short or vanish in the middle of an epoch"
+import faulthandler, os, shutil, signal, warnings
+import pytest, torch
+from PIL import Image
+from vavae_nb.core import DataError
+from vavae_nb.data import Batches, embedded, lazy_folder
+from vavae_nb.latents import Latents, open_shard, shard_files
+from vavae_nb.tensors import generator, save_tensors
+
+@pytest.fixture
+def pets(tmp_path):
+    "60 photographs of three classes, read on demand"
+    images = embedded("test")
+    for i in range(60):
+        p = tmp_path/"pets"/"abc"[i//20]/f"{i:02d}.png"; p.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.pixels[i]).save(p)
+    return tmp_path/"pets"
+
+@pytest.fixture
+def shards(tmp_path):
+    "90 latents in three shards; every class is in each of them"
+    for s in range(3):
+        z = torch.randn(2, 30, 2, 4, 4, generator=generator(s, "shard"))
+        save_tensors(tmp_path/"z"/f"latents_rank00_shard{s:03d}.safetensors", dict(latents=z[0], latents_flip=z[1], labels=torch.arange(30) % 3))
+    return shard_files(tmp_path/"z")
+
+def opened(files): return Latents([open_shard(p)[0] for p in files], files=files)
+def epoch(data, each=lambda step: None, **kw):
+    "Indices and items of a shuffled pass; `each` is called after each batch"
+    got = []
+    for step,(i,x) in enumerate(Batches(len(data), lambda i,f: (i, data.batch(i)), 10, **kw)): got += zip(i.tolist(), x); each(step)
+    return dict(got)
+
+def cut(p): os.truncate(p, p.stat().st_size//2)
+def gone(p): p.unlink()
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("harm", [cut, gone])
+def test_an_image_that_breaks_in_the_middle_of_an_epoch(pets, harm, ahead):
+    data, order = lazy_folder(pets, 32), list(epoch(lazy_folder(pets, 32)))
+    whole, victim, then = data.batch(slice(None)), order[45], order[55]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always") # A second warning would be seen
+        def after(step):
+            if step == 0: harm(data.paths[victim])
+        x = epoch(data, after, ahead=ahead) | epoch(data, ahead=ahead)
+    assert [data.paths[victim].name in str(w.message) for w in said] == [True] and data.skipped[0].startswith(data.paths[victim].name)
+    next_ = victim//20*20+(victim+1) % 20 # The next of its class, the first after the last
+    assert torch.equal(x[victim], whole[next_]) and all(torch.equal(x[i], whole[i]) for i in range(60) if i != victim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again, backwards = lazy_folder(pets, 32) if harm is cut else data, data.subset(range(60))
+        if harm is cut: assert torch.equal(again.batch([victim])[0], whole[next_]) # After a restart, alone in its batch
+        assert torch.equal(torch.cat([backwards.batch([i]) for i in reversed(range(60))]).flip(0)[victim], whole[next_]) # In another order
+
+def test_a_class_that_is_gone_ends_the_epoch_with_a_file_by_name(pets):
+    data, seen = lazy_folder(pets, 32), []
+    with warnings.catch_warnings(), pytest.raises(DataError, match=r"none of the 20 images of class 'b'.*\d\d\.png"):
+        warnings.simplefilter("ignore")
+        def after(step):
+            seen.append(step)
+            if step == 0: shutil.rmtree(pets/"b")
+        epoch(data, after)
+    assert 0 < len(seen) < 6 # The thread's error reached the loop
+
+def test_a_shard_cut_short_in_the_middle_of_an_epoch(shards):
+    whole, data = opened(shards).batch(slice(None)), opened(shards)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        early = []
+        def after(step): early.append(step); step == 2 and os.truncate(shards[1], 3000)
+        first, second = epoch(data, after, ahead=False), epoch(data)
+    assert len(said) == 1 and shards[1].name in str(said[0].message) and len(early) == 9
+    order = list(first)
+    for i in range(90): # Rows 30 to 59: the next of the same class in a whole shard
+        instead = i if not 30 <= i < 60 else 60+i % 3
+        assert torch.equal(second[i], whole[instead]) and torch.equal(first[i], whole[i if order.index(i) < 30 else instead])
+    some = opened(shards[:1]+shards[2:]) # Nothing else is cut
+    assert torch.equal(some.batch([0, 59]), whole[[0, 89]])
+    flipped = data.batch([31, 0], torch.tensor([True, False]))
+    assert torch.equal(flipped[0], open_shard(shards[2])[0]["latents_flip"][1]) and torch.equal(flipped[1], whole[0])
+    for p in (shards[0], shards[2]): os.truncate(p, 100)
+    with warnings.catch_warnings(), pytest.raises(DataError, match="no whole shard holds a latent of class 1.*give the same training command"):
+        warnings.simplefilter("ignore"); data.batch([31])
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_shard_that_vanishes_or_is_replaced_ends_the_epoch(shards, tmp_path, ahead):
+    data, whole, away = opened(shards), opened(shards).batch(slice(None)), tmp_path/"away"
+    def after(step): step == 1 and shards[2].rename(away)
+    with pytest.raises(DataError, match=f"{shards[2].name} has disappeared.*checkpoints are whole.*same training command"): epoch(data, after, ahead=ahead)
+    shutil.copy(away, shards[2])
+    with pytest.raises(DataError, match="has been replaced"): data.batch([80])
+    assert torch.equal(data.batch([5, 31]), whole[[5, 31]]) and torch.equal(opened(shards).batch(slice(None)), whole) # A new start goes on
+    os.replace(away, shards[2]); assert torch.equal(data.batch([80]), whole[80:81]) # The file itself, back in its place
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_without_the_look_the_process_is_killed(tmp_path): # What the look is for
+    z = torch.zeros(2, 60, 4, 16, 16)
+    save_tensors(path := tmp_path/"latents_rank00_shard000.safetensors", dict(latents=z[0], latents_flip=z[1], labels=torch.zeros(60, dtype=torch.long)))
+    blind, looks = Latents([open_shard(path)[0]]), opened([path])
+    os.truncate(path, 100)
+    if not (child := os.fork()):
+        faulthandler.disable()
+        blind.batch([50]); os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+    with pytest.warns(UserWarning, match="cut short, to 100 of"), pytest.raises(DataError, match="no whole shard"): looks.batch([50])
