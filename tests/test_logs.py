@@ -1,5 +1,5 @@
 "Logs: rows on many processes, after a kill, in TensorBoard and W&B, and lines without a terminal"
-import copy, os, re, socket, subprocess, sys, types
+import copy, os, re, socket, subprocess, sys, traceback, types
 from functools import partial
 from pathlib import Path
 import pytest, torch
@@ -9,7 +9,7 @@ from fastai.optimizer import OptimWrapper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from vavae_nb.data import Batches
-from vavae_nb.processes import is_first
+from vavae_nb.processes import is_first, joined
 from vavae_nb.training.callbacks import ClipGrad, DataParallel, Loaders, LRSchedule, MaxSteps, MicroBatches, Resume, fit_steps, training_state
 from vavae_nb.training.logs import StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, read_log
 
@@ -47,20 +47,31 @@ def close(a, b): # Six digits are written
         assert [v for _,v in a[k]] == pytest.approx([v for _,v in b[k]], rel=1e-5, abs=1e-7), k
 
 def on_two(folder):
-    "What one of two processes does: log 20 steps, keep the state of step 10"
-    keep = lambda learn: (state := training_state(learn)) and is_first() and torch.save(state, folder/"state.pt")
-    fit_steps(toy(TermsLog(folder/"two.csv", "toy", every=4, flops_per_image=12, peak=(1e9, "a guess")), StepBar(20, "toy"), At(10, keep)), 20)
+    "Two processes out of this one: log 20 steps, keep the state of step 10"
+    import torch._dynamo # As DistributedDataParallel would, for 7 s in each of them; fastai, too, is imported once
+    children = []
+    for r in range(2):
+        if pid := os.fork(): children.append(pid); continue
+        os.environ |= dict(RANK=str(r), LOCAL_RANK=str(r))
+        for fd,name in ((1, "out"), (2, "err")): os.dup2(os.open(folder/f"{name}{r}.txt", os.O_CREAT|os.O_WRONLY), fd)
+        code = 1
+        try:
+            keep = lambda learn: (state := training_state(learn)) and is_first() and torch.save(state, folder/"state.pt")
+            with joined(torch.device("cpu")): fit_steps(toy(TermsLog(folder/"two.csv", "toy", every=4, flops_per_image=12, peak=(1e9, "a guess")), StepBar(20, "toy"), At(10, keep)), 20)
+            code = 0
+        except BaseException: traceback.print_exc()
+        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    "That on two processes, whose standard error is not a terminal"
+    "That, without a terminal"
     d = tmp_path_factory.mktemp("two")
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(Path(__file__).parent), PYTHONWARNINGS="ignore")
-    code = f"import torch; from pathlib import Path; from test_logs import on_two; from vavae_nb.processes import joined\nwith joined(torch.device('cpu')): on_two(Path({str(d)!r}))"
-    ps = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    said = [p.communicate(timeout=120) for p in ps]
-    assert not any(p.returncode for p in ps), said
+    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=200)
+    said = [[(d/f"{name}{k}.txt").read_text() for name in ("out", "err")] for k in range(2)]
+    assert r.returncode == 0, said
     return d, said
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,7 @@ def test_a_run_of_two_processes_goes_on_on_one(two, one, tmp_path):
 def test_lines_without_a_terminal_and_from_the_first_process_only(two):
     (out, err), (out1, err1) = two[1]
     assert re.fullmatch(r"(toy: \d+/20 steps, [\d.,]+ steps/s, .*\n)*toy: 20/20 steps, [\d.,]+ steps/s, in \d+ s, [\d,]+ images/s, loss [\d.e-]+\n", err), repr(err)
-    assert (out1, err1) == ("", "") and out == "mfu is the share of 0.001 TFLOP/s on each of 2 devices, a guess\n"
+    assert out1 == err1 == "" and out == "mfu is the share of 0.001 TFLOP/s on each of 2 devices, a guess\n"
 
 @pytest.mark.parametrize("at,killed", [(10, 13), (8, 8), (8, 17), (20, 20), (1, 4)]) # In the middle of a row, at its end, at the end of all
 def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, killed, one, tmp_path):
