@@ -99,16 +99,18 @@ def test_lines_without_a_terminal_and_from_the_first_process_only(two):
     assert re.fullmatch(r"(toy: \d+/20 steps, [\d.,]+ steps/s, .*\n)*toy: 20/20 steps, [\d.,]+ steps/s, in \d+ s, [\d,]+ images/s, loss [\d.e-]+\n", err), repr(err)
     assert out1 == err1 == "" and out == "mfu is the share of 0.001 TFLOP/s on each of 2 devices, a guess\n"
 
-@pytest.mark.parametrize("at,killed", [(10, 13), (8, 8), (8, 17), (20, 20), (1, 4)]) # In the middle of a row, at its end, at the end of all
-def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, killed, one, tmp_path):
+@pytest.mark.parametrize("at,killed,every", [(10, 13, 4), (8, 8, 4), (8, 17, 4), (1, 4, 4), (20, 20, 4), (20, 20, 6)]) # In the middle of a row, at its end, after the last, whole and partial
+def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, killed, every, tmp_path):
     p = tmp_path/"log.csv"
+    fit_steps(toy(TermsLog(tmp_path/"unbroken.csv", "toy", every)), 20)
+    one = rows(tmp_path/"unbroken.csv")
     p.write_text("stage,step,seconds,term,value\nother,99,1.0,loss,0.5\n")
     kept = []
     def die(_): raise KeyboardInterrupt
-    cut = toy(TermsLog(p, "toy", every=4), At(at, lambda l: kept.append(copy.deepcopy(training_state(l)))), *([At(killed, die)] if killed < 20 else []))
+    cut = toy(TermsLog(p, "toy", every), At(at, lambda l: kept.append(copy.deepcopy(training_state(l)))), *([At(killed, die)] if killed < 20 else []))
     try: fit_steps(cut, 20)
     except KeyboardInterrupt: p.write_text(p.read_text()+"toy,20,1.0,lo") # And in the middle of a write
-    again = TermsLog(p, "toy", every=4)
+    again = TermsLog(p, "toy", every)
     fit_steps(toy(again, Resume(kept[0])), 20)
     assert rows(p) == one and read_log(p)["other"] == dict(loss=[(99, .5)])
     assert [(r["step"], float(f"{r['loss']:.6g}")) for r in again.history] == one["loss"]
