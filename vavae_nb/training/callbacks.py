@@ -314,9 +314,9 @@ class Checkpointing(Callback):
         every:int=1000,               # Steps between two
         stop:StopSignals|None=None,   # Says whether the run is to stop
         first:int=0,                  # Steps of earlier phases, which count in the name
-        extra:dict|None=None,         # Anything more that the state should say
+        extra:Callable=dict,          # Returns what more the state should say
         measure:Callable|None=None,   # From the learner, in the first process, to a score; the checkpoint with the lowest is the best
-    ): self.store,self.steps,self.every,self.stop,self.first,self.extra,self.measure = store,steps,every,stop,first,extra or {},measure
+    ): self.store,self.steps,self.every,self.stop,self.first,self.extra,self.measure = store,steps,every,stop,first,extra,measure
     def after_batch(self):
         if not self.training: return
         asked = int(max_over(torch.tensor(float(self.stop.signum or 0), device=self.dls.device)).item()) if self.stop else 0
@@ -325,5 +325,5 @@ class Checkpointing(Callback):
     @torch.no_grad()
     def save(self):
         score = self.measure(self.learn) if self.measure and is_first() else None # Before the state is taken: it may write to the log
-        state = training_state(self.learn) | self.extra
+        state = training_state(self.learn) | self.extra()
         if is_first(): self.store.save(self.first+self.train_iter, state, score)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from matplotlib.figure import Figure
 from torch import Tensor
 from ..core import ConfigError, atomic_write
@@ -102,13 +103,14 @@ class LatentDashboard(Callback):
     def after_batch(self):
         if self.training and self.train_iter % self.every == 0: self._measure()
     def after_fit(self):
-        if self.history[-1]["step"] != self.first+self.train_iter: self._measure()
-    def _measure(self):
+        if self.history and self.history[-1]["step"] != self.first+self.train_iter: self._measure()
+    def _measure(self): # By the first process
+        if not is_first(): return
         start, step = time.time(), self.first+self.train_iter
-        row = tokenizer_report(self.model, self.images, self.features, seed=self.seed)
+        row = tokenizer_report(get_model(self.model), self.images, self.features, seed=self.seed)
         self.history.append(dict(step=step) | row)
         if self.log: self.log.write(step, start-self.start, row)
-        if self.picture and is_first():
+        if self.picture:
             fig = plot_dashboard(self.history)
             with atomic_write(self.picture) as tmp: fig.savefig(tmp, dpi=110)
             plt.close(fig)

@@ -33,10 +33,12 @@ def cut_log(
     path:str|Path, # A run's log.csv; it need not be there
     stage:str,     # Whose rows
     step:int=0,    # The first step to go
+    partial:bool=False, # The row of means at the step before goes, too: it will come again with more in it; what was validated there stays
 ):
     "Remove a stage's rows from a step on, and a last row that a kill cut short"
     if not (path := Path(path)).exists(): return
-    with open(path, newline="") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and (r[0] != stage or int(r[1]) < step)]
+    goes = lambda r: r[0] == stage and (int(r[1]) >= step or partial and int(r[1]) == step-1 and not r[3].startswith("valid/"))
+    with open(path, newline="") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and not goes(r)]
     with atomic_write(path) as tmp, open(tmp, "w", newline="") as f: csv.writer(f).writerows(rows)
 
 # %% ../../nbs/51_training.logs.ipynb #edce97bf
@@ -174,8 +176,8 @@ class TermsLog(Callback):
         self.counts,self.count,self.items = dict(zip(state["names"], state["counts"])),state["count"],state["items"] if mine else 0
         self.part,self.seconds,self.history,self.clock = state["part"],state["seconds"],list(state["history"]),time.time()
         if not mine: return
-        void = self.first+state["step"]+(not self.count) # Rows from here on come again
-        if self.path: cut_log(self.path, self.stage, void)
+        void = self.first+state["step"]+1 # Rows from here on come again
+        if self.path: cut_log(self.path, self.stage, void, self.count > 0)
         for w in self.writers: w.resume(void)
 
 # %% ../../nbs/51_training.logs.ipynb #090c7995

@@ -36,7 +36,7 @@ from ..tokenizer.foundation import FoundationModel, cached_features
 from .callbacks import Checkpointing, Resume, fit_steps
 from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
-from .logs import Every, StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, plot_history
+from .logs import Every, StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, plot_history, read_log
 from .tokenizer import tokenizer_learner, tokenizer_phases
 
 # %% ../../nbs/53_training.stages.ipynb #bbcbd2e7
@@ -134,7 +134,9 @@ def run_stages(
             print(f"{stage}: {globals()[f'run_{stage}'].__doc__}", flush=True)
             seed_everything(cfg.seed)
             start = time.time()
-            notes = globals()[f"run_{stage}"](run) or {}
+            try: notes = globals()[f"run_{stage}"](run) or {}
+            finally:
+                if stage in ("tokenizer", "dit"): _curves(run) # Also of a training that was stopped
             run.record(stage, **dict(seconds=round(time.time()-start, 1)) | notes)
     return run
 
@@ -148,11 +150,15 @@ def _first_tokenizer(cfg):
                           f"set tokenizer.latent_dim={tok.latent_dim} and tokenizer.ch_mult={','.join(map(str, tok.config['ch_mult']))}")
     return tok
 
-def _features(run, tok, train): # Cached, or the network itself; and its key
+def _foundation(run, tok): # None, or the frozen network that this run aligns with
     f = run.cfg.foundation
-    if f.name == "none" or not any(vf.weight for vf,_ in tokenizer_phases(run.cfg.vf, run.cfg.tokenizer_training)): return None, "none"
-    vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
-    return (cached_features(vfm, train, precision=run.cfg.tokenizer_training.precision or run.cfg.precision) if keep_on_disk(f.cache, vfm.feature_bytes(len(train))) else vfm), vfm.key
+    return None if f.name == "none" else FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
+
+def _precision(run): return run.cfg.tokenizer_training.precision or run.cfg.precision
+
+def _features(run, vfm, train): # Cached, or the network itself; and its key
+    if vfm is None or not any(vf.weight for vf,_ in tokenizer_phases(run.cfg.vf, run.cfg.tokenizer_training)): return None, "none"
+    return cached_features(vfm, train, precision=_precision(run)) if keep_on_disk(run.cfg.foundation.cache, vfm.feature_bytes(len(train))) else vfm, vfm.key
 
 def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0., name="", flops=0, look=None, measure=None, **kw):
     "Make a stage's (or phase's) learner, with log, pictures and checkpoints, and train it from a state on"
@@ -167,7 +173,6 @@ def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0.
         with run.stop.deferred() if run.stop else nullcontext(): fit_steps(learn, training.steps)
     finally:
         for w in writers: w.close()
-        _curves(run)
     return learn, extra()["seconds"]
 
 def _found(run, stage): # What to go on from: phase, state, seconds
@@ -176,21 +181,19 @@ def _found(run, stage): # What to go on from: phase, state, seconds
     print(f"{stage}: goes on from its checkpoint of step {step}", flush=True)
     return state["phase"], state, state["seconds"]
 
-def _dashboard(run, tok): # None, or one, for all phases
-    e, f = run.cfg.evaluation, run.cfg.foundation
-    if not e.dashboard_every: return []
-    images, features = probe_images(run.data[1]), None
-    if f.name != "none":
-        vfm = FoundationModel(f.name, grid=run.cfg.data.size//tok.downsampling, weights=f.weights or None, normalize=f.normalize).to(run.device)
-        features = torch.from_numpy(np.array(cached_features(vfm, images, precision=run.cfg.tokenizer_training.precision or run.cfg.precision)[:, 0]))
-    return [LatentDashboard(images, e.dashboard_every, features, run.out/"log.csv", run.out/"dashboard.png", run.cfg.seed)]
+def _dashboard(run, vfm): # None, or one, for all phases
+    if not (every := run.cfg.evaluation.dashboard_every): return []
+    images = probe_images(run.data[1])
+    features = None if vfm is None else torch.from_numpy(np.array(cached_features(vfm, images, precision=_precision(run))[:, 0]))
+    return [LatentDashboard(images, every, features, run.out/"log.csv", run.out/"dashboard.png", run.cfg.seed)]
 
 def run_tokenizer(run:Run)->dict:
     "train the tokenizer, aligned with the foundation model"
     cfg, (train, test), start = run.cfg, run.data, time.time()
     t, tok = cfg.tokenizer_training, _first_tokenizer(cfg)
-    features, vfm_key = _features(run, tok, train)
-    board = _dashboard(run, tok)
+    vfm = _foundation(run, tok) if t.steps or t.phases else None
+    features, vfm_key = _features(run, vfm, train)
+    board = _dashboard(run, vfm)
     seconds, shown, held = round(time.time()-start, 1), test.batch(first_of_each(test.labels, 12)), test.batch(first_of_each(test.labels, 200))
     def measure(learn, log):
         x = reconstruct(tok, held)
@@ -206,7 +209,7 @@ def run_tokenizer(run:Run)->dict:
         for b in board: b.first = done
         def make(**kw): return tokenizer_learner(tok, train, features, vf=vf, after=before, seed=cfg.seed+1000*i, **kw)
         learn, began = _train(run, "tokenizer", make, training, phase=i, first=done, state=state, began=began, name="tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}",
-                              flops=flops, look=look, measure=measure, precision=t.precision or cfg.precision, cbs=board)
+                              flops=flops, look=look, measure=measure, precision=_precision(run), cbs=board)
         done, before, state = done+training.steps, learn.loss_func, None
     if is_first():
         tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
@@ -371,7 +374,7 @@ def _uniformity(run):
                 perplexity=perplexity, runs=1, seed=seed)
 
 def _curves(run): # Of all trainings so far
-    if not is_first() or not (run.out/"log.csv").exists(): return
+    if not is_first() or not (run.out/"log.csv").exists() or not any("loss" in t for t in read_log(run.out/"log.csv").values()): return
     fig = plot_history(run.out/"log.csv")
     with atomic_write(run.out/"curves.png") as tmp: fig.savefig(tmp)
     plt.close(fig)

@@ -1,0 +1,118 @@
+"""Trainings that are killed, stopped and moved, for test_resume: `python resume_worker.py FOLDER KILLS [stopped] [moved]`. Everything is imported once, then each training is a fork; writes FOLDER/report.json."""
+import csv, json, os, random, signal, socket, sys, time, traceback
+from pathlib import Path
+import torch
+from vavae_nb.checkpoints import Checkpoints
+from vavae_nb.config import override, save_config
+from vavae_nb.recipes import recipe
+from vavae_nb.tensors import load_tensors
+from vavae_nb.train import main
+import vavae_nb.training.stages # Before the forks
+
+CONFIG = override(recipe("smoke"), {"device": "cpu", "precision": "fp32", "data.limit": 60, "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 2), "vf.adaptive_every": 2,
+    "tokenizer_training.steps": 10, "tokenizer_training.batch_size": 8, "tokenizer_training.disc_start": 5, "tokenizer_training.lpips_slices": 1, "tokenizer_training.disc_width": 8,
+    "tokenizer_training.phases": [dict(steps=5, disc_start=2)], "evaluation.dashboard_every": 8,
+    "dit.hidden_size": 32, "dit.depth": 1, "dit.num_heads": 2, "dit_training.steps": 14, "dit_training.batch_size": 8, "saving.every": 3, "saving.log_every": 4})
+
+def train(out, stages, config=None, **env):
+    "In a fork: the status it would end with; what it says goes to a file"
+    os.environ.update(env)
+    with open(out.with_suffix(".txt"), "a") as said:
+        os.dup2(said.fileno(), 1); os.dup2(said.fileno(), 2)
+        torch.set_num_threads(1)
+        try:
+            for stage in stages:
+                if "MASTER_PORT" in env: os.environ["MASTER_PORT"] = free_port(env["MASTER_PORT"], stage) # They meet anew for each
+                main(recipe=str(config or out.parent/"config.yaml"), out=str(out), stage=stage)
+            status = 0
+        except SystemExit as e: status = e.code if isinstance(e.code, int) else 1
+        except BaseException: traceback.print_exc(); status = 99
+        sys.stdout.flush(); sys.stderr.flush()
+    os._exit(status)
+
+def free_port(first, stage): return str(int(first)+TRAININGS.index(stage)) # The same in all processes
+
+def fork(*args, before=lambda: None, **kw):
+    if (pid := os.fork()) == 0: before(); train(*args, **kw)
+    return pid
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def on_processes(n, *args, **kw):
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = str(s.getsockname()[1])
+    return [fork(*args, **kw, RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo") for r in range(n)]
+
+def until(condition, pids, seconds=60):
+    end = time.time()+seconds
+    while not condition() and time.time() < end and not any(os.waitid(os.P_PID, p, os.WEXITED|os.WNOHANG|os.WNOWAIT) for p in pids): time.sleep(.01)
+
+TRAININGS = ("tokenizer", "latents", "dit")
+
+def dies_in_the_write(nth): # At its nth rename of a checkpoint: the data is written and has no name yet, or its JSON is missing
+    def patch():
+        count, replace = [0], os.replace
+        def counting(a, b):
+            if "checkpoints" in str(b):
+                count[0] += 1
+                if count[0] == nth: os.kill(os.getpid(), signal.SIGKILL)
+            return replace(a, b)
+        os.replace = counting
+    return patch
+
+def kills(folder, n, seed=0):
+    "The same run unbroken, and killed n times"
+    start = time.time()
+    assert ended(fork(folder/"whole", TRAININGS)) == 0, (folder/"whole.txt").read_text()
+    whole, rng, at = time.time()-start, random.Random(seed), []
+    for k in range(n):
+        if k % 3 == 2: # In the middle of writing a checkpoint
+            status = ended(fork(folder/"killed", TRAININGS, before=dies_in_the_write(rng.randint(1, 4))))
+        else:
+            pid = fork(folder/"killed", TRAININGS)
+            time.sleep(rng.uniform(.15, .6)*whole)
+            os.kill(pid, signal.SIGKILL); status = ended(pid)
+        at.append([status, {s: Checkpoints(folder/"killed"/"checkpoints"/s).steps()[-1:] for s in ("tokenizer", "dit")}])
+        if status == 0: break
+    done = ended(fork(folder/"killed", TRAININGS))
+    return dict(kills=sum(s == -signal.SIGKILL for s,_ in at), status=done, at=at, seconds=whole, differ=differences(folder/"whole", folder/"killed"))
+
+def differences(a, b):
+    "Files and log rows of two runs that are not the same"
+    out = [f for f in ("tokenizer.safetensors", "dit.safetensors") if not (b/f).exists() or (a/f).read_bytes() != (b/f).read_bytes()]
+    rows = lambda d: sorted((r[0], int(r[1]), r[3], r[4]) for r in csv.reader(open(d/"log.csv")) if r[0] != "stage" and r[3] not in ("images_per_second", "memory_gb", "mfu"))
+    return out+[list(map(str, r)) for r in set(rows(a)) ^ set(rows(b))]
+
+def stopped(folder):
+    "SIGTERM once: saved and ended; then continued"
+    pid = fork(folder/"stopped", TRAININGS)
+    until(lambda: (folder/"stopped"/"log.csv").exists(), [pid])
+    os.kill(pid, signal.SIGTERM)
+    status, said = ended(pid), (folder/"stopped.txt").read_text()
+    steps = Checkpoints(folder/"stopped"/"checkpoints"/"tokenizer").steps()
+    return dict(status=status, said=said, steps=steps, then=ended(fork(folder/"stopped", TRAININGS)), differ=differences(folder/"whole", folder/"stopped"))
+
+def moved(folder):
+    "Begun on two processes, one of which is killed; then continued on one and on three"
+    pids = on_processes(2, folder/"two", ("tokenizer",))
+    until(lambda: len(Checkpoints(folder/"two"/"checkpoints"/"tokenizer").steps()) > 1, pids)
+    os.kill(pids[1], signal.SIGKILL)
+    status, said = [ended(p) for p in pids], (folder/"two.txt").read_text()
+    step, out = Checkpoints(folder/"two"/"checkpoints"/"tokenizer").newest()[0], dict(status=status, said=said)
+    for n in (1, 3):
+        os.system(f"cp -r {folder/'two'} {folder/f'on{n}'}")
+        out[f"on{n}"] = [ended(p) for p in (on_processes(n, folder/f"on{n}", TRAININGS) if n > 1 else [fork(folder/f"on{n}", TRAININGS)])]
+        out[f"apart{n}"] = {f: apart(folder/"whole"/f, folder/f"on{n}"/f) for f in ("tokenizer.safetensors", "dit.safetensors") if (folder/f"on{n}"/f).exists()}
+    return out | dict(step=step)
+
+def apart(a, b):
+    "Largest difference of a tensor, relative to its largest entry; biases of keys aside, whose gradient is zero but for rounding"
+    x, y = (load_tensors(p)[0] for p in (a, b))
+    return max(((x[k].float()-y[k].float()).abs().max()/x[k].float().abs().max().clamp_min(1e-3)).item() for k in x if not k.endswith("attn_1.k.bias"))
+
+if __name__ == "__main__":
+    folder, n = Path(sys.argv[1]), int(sys.argv[2])
+    save_config(CONFIG, folder/"config.yaml")
+    report = dict(kills=kills(folder, n))
+    for f in (stopped, moved):
+        if f.__name__ in sys.argv: report[f.__name__] = f(folder)
+    (folder/"report.json").write_text(json.dumps(report, indent=1))
