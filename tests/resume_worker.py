@@ -1,13 +1,14 @@
 """Trainings that are killed, stopped and moved, for test_resume: `python resume_worker.py FOLDER KILLS [stopped] [moved]`. Everything is imported once, then each training is a fork; writes FOLDER/report.json."""
 import csv, json, os, random, signal, socket, sys, time, traceback
 from pathlib import Path
-import torch
+import timm, torch, torch._dynamo # What every training would import anew, the latter for DistributedDataParallel
 from vavae_nb.checkpoints import Checkpoints
 from vavae_nb.config import override, save_config
 from vavae_nb.recipes import recipe
-from vavae_nb.tensors import load_tensors
 from vavae_nb.train import main
-import vavae_nb.training.stages # Before the forks
+from vavae_nb.training import stages
+
+stages._curves = lambda run: None # Three seconds of matplotlib each
 
 CONFIG = override(recipe("smoke"), {"device": "cpu", "precision": "fp32", "data.limit": 60, "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 2), "vf.adaptive_every": 2,
     "tokenizer_training.steps": 10, "tokenizer_training.batch_size": 8, "tokenizer_training.disc_start": 5, "tokenizer_training.lpips_slices": 1, "tokenizer_training.disc_width": 8,
@@ -59,6 +60,8 @@ def dies_in_the_write(nth): # At its nth rename of a checkpoint: the data is wri
         os.replace = counting
     return patch
 
+def saved(out): return {(p.name, p.stat().st_ino) for p in out.glob("checkpoints/*/step-*.json")} # Newer ones replace older ones
+
 def kills(folder, n, seed=0):
     "The same run unbroken, and killed n times"
     start = time.time()
@@ -68,8 +71,10 @@ def kills(folder, n, seed=0):
         if k % 3 == 2: # In the middle of writing a checkpoint
             status = ended(fork(folder/"killed", TRAININGS, before=dies_in_the_write(rng.randint(1, 4))))
         else:
+            seen, more = saved(folder/"killed"), rng.randint(0, 2)
             pid = fork(folder/"killed", TRAININGS)
-            time.sleep(rng.uniform(.15, .6)*whole)
+            until(lambda: len(saved(folder/"killed")-seen) >= more, [pid]) # After so many new checkpoints, and a moment
+            time.sleep(rng.uniform(0, .8)+(1.5 if not more else 0))
             os.kill(pid, signal.SIGKILL); status = ended(pid)
         at.append([status, {s: Checkpoints(folder/"killed"/"checkpoints"/s).steps()[-1:] for s in ("tokenizer", "dit")}])
         if status == 0: break
@@ -101,13 +106,15 @@ def moved(folder):
     for n in (1, 3):
         os.system(f"cp -r {folder/'two'} {folder/f'on{n}'}")
         out[f"on{n}"] = [ended(p) for p in (on_processes(n, folder/f"on{n}", TRAININGS) if n > 1 else [fork(folder/f"on{n}", TRAININGS)])]
-        out[f"apart{n}"] = {f: apart(folder/"whole"/f, folder/f"on{n}"/f) for f in ("tokenizer.safetensors", "dit.safetensors") if (folder/f"on{n}"/f).exists()}
+        out[f"apart{n}"] = apart(folder/"whole", folder/f"on{n}")
     return out | dict(step=step)
 
 def apart(a, b):
-    "Largest difference of a tensor, relative to its largest entry; biases of keys aside, whose gradient is zero but for rounding"
-    x, y = (load_tensors(p)[0] for p in (a, b))
-    return max(((x[k].float()-y[k].float()).abs().max()/x[k].float().abs().max().clamp_min(1e-3)).item() for k in x if not k.endswith("attn_1.k.bias"))
+    "Largest relative difference of a loss, in training or validation, between the logs of two runs, step by step"
+    rows = lambda d: {(r[0], r[1], r[3]): float(r[4]) for r in csv.reader(open(d/"log.csv")) if r[3] == "loss" or r[3].startswith("valid/")}
+    x, y = rows(a), rows(b)
+    assert x.keys() == y.keys(), x.keys() ^ y.keys()
+    return max(abs(y[k]/x[k]-1) for k in x)
 
 if __name__ == "__main__":
     folder, n = Path(sys.argv[1]), int(sys.argv[2])

@@ -44,7 +44,7 @@ def joined(
     try: yield
     except BaseException: # Others may wait in a sum for this one: leave without waiting for them
         dist.destroy_process_group(); raise
-    dist.barrier(); dist.destroy_process_group()
+    wait(); dist.destroy_process_group()
 
 @contextmanager
 def _others_named(): # What torch says when a peer is gone

@@ -320,10 +320,11 @@ class Checkpointing(Callback):
     def after_batch(self):
         if not self.training: return
         asked = int(max_over(torch.tensor(float(self.stop.signum or 0), device=self.dls.device)).item()) if self.stop else 0
-        if asked or self.train_iter % self.every == 0 or self.train_iter == self.steps: self.save()
+        due = self.train_iter % self.every == 0 or self.train_iter == self.steps
+        if asked or due: self.save(due)
         if asked: raise Stopped(asked)
     @torch.no_grad()
-    def save(self):
-        score = self.measure(self.learn) if self.measure and is_first() else None # Before the state is taken: it may write to the log
+    def save(self, measured): # One that a signal asks for is not: nothing is in the log that an unbroken run would not have
+        score = self.measure(self.learn) if measured and self.measure and is_first() else None # Before the state is taken: it may write to the log
         state = training_state(self.learn) | self.extra()
         if is_first(): self.store.save(self.first+self.train_iter, state, score)

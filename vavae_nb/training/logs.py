@@ -193,7 +193,7 @@ class StepBar(Callback):
     def after_batch(self):
         if not self.training: return
         self.items += batch_items(self.learn)*world_size()
-        if self.train_iter % 20 == 0 and is_first(): self.bar.set_postfix_str(f"{self.items/(time.time()-self.start):,.0f} images/s, loss {float(self.learn.loss)*world_size():.4g}", refresh=False)
+        if self.train_iter % 20 == 0 and is_first(): self.bar.set_postfix_str(f"{self.items/(time.time()-self.start):,.0f} images/s, loss {self.learn.loss.item()*world_size():.4g}", refresh=False)
         self.bar.update()
     def after_fit(self):
         if self.bar: self.bar.close()

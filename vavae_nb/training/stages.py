@@ -7,7 +7,7 @@ __all__ = ['stages', 'Run', 'check_names', 'run_stages', 'run_tokenizer', 'recon
            'provenance', 'run_evaluate', 'summary']
 
 # %% ../../nbs/53_training.stages.ipynb #782f667a
-import json, shutil, time
+import json, shutil, time, warnings
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 from ..checkpoints import Checkpoints, RunLock, StopSignals
 from ..config import Config, differences, flat, load_config, save_config
-from ..core import CheckpointError, ConfigError, atomic_write, keep_on_disk, unknown_name
+from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, unknown_name
 from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, count_params
 from ..evaluation import evaluate_reconstruction
@@ -166,7 +166,7 @@ def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0.
     writers = [*([TensorBoardWriter(run.out/"tensorboard"/stage)] if s.tensorboard else []), *([WandbWriter(s.wandb, f"{run.out.name} {stage}", run.out/"wandb"/stage)] if s.wandb else [])]
     log = TermsLog(run.out/"log.csv", stage, s.log_every, first, flops_per_image=flops, peak=peak_rate(run.device, resolve_precision(run.device, kw["precision"])), writers=writers)
     if state is None and not first and is_first(): cut_log(log.path, stage) # Rows of an earlier try
-    extra = lambda: dict(phase=phase, seconds=began+time.time()-start)
+    extra = lambda: dict(phase=phase, seconds=began+time.time()-start, images=len(run.data[0]), data=run.data[0].fingerprint)
     saving = Checkpointing(run.checkpoints(stage), training.steps, s.every, run.stop, first, extra, (lambda learn: measure(learn, log)) if measure else None)
     learn = make(training=training, device=run.device, patience=cfg.patience, log=log, cbs=[StepBar(training.steps, name or stage), Every(max(1, training.steps//3), look), Resume(state), saving, *kw.pop("cbs", [])], **kw)
     try:
@@ -177,7 +177,10 @@ def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0.
 
 def _found(run, stage): # What to go on from: phase, state, seconds
     if (found := run.checkpoints(stage).newest()) is None: return 0, None, 0.
-    step, state = found
+    (step, state), train = found, run.data[0]
+    if state["images"] != len(train):
+        raise DataError(f"{run.out} was trained on {state['images']} images until step {step}, and now there are {len(train)}: put those back that are gone (or take the new ones away) to go on, or begin another run")
+    if state["data"] != train.fingerprint: warnings.warn(f"{train.name} has changed since step {step} (a file was replaced or damaged): the run goes on, but not with the numbers that it would have had")
     print(f"{stage}: goes on from its checkpoint of step {step}", flush=True)
     return state["phase"], state, state["seconds"]
 
@@ -229,14 +232,18 @@ def reconstruct(
     return out
 
 # %% ../../nbs/53_training.stages.ipynb #033caa2f
+def _shards(run, tok, replace): # The folder of latents, in which what is missing or damaged has been made again
+    cfg, folder = run.cfg, run.out/"latents"
+    extract_shards(tok, run.data[0], folder, seed=cfg.seed, batch_size=cfg.evaluation.batch_size, share=(rank(), world_size()), precision=cfg.precision, replace=replace)
+    wait()
+    return folder
+
 def run_latents(run:Run)->dict:
     "encode both flips of every training image and take the latent statistics"
-    tok, (train, _), cfg = run.tokenizer(), run.data, run.cfg
-    folder, path = run.out/"latents", run.out/"tokenizer.safetensors"
-    extract_shards(tok, train, folder, seed=cfg.seed, batch_size=cfg.evaluation.batch_size, share=(rank(), world_size()), precision=cfg.precision, replace=True)
-    wait()
+    tok, path = run.tokenizer(), run.out/"tokenizer.safetensors"
+    folder = _shards(run, tok, replace=True)
     if is_first():
-        record_statistics(tok, folder, seed=cfg.seed, normalize=cfg.tokenizer.normalize)
+        record_statistics(tok, folder, seed=run.cfg.seed, normalize=run.cfg.tokenizer.normalize)
         tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
     wait()
     latents = load_latents(folder, run.tokenizer())
@@ -246,7 +253,8 @@ def run_latents(run:Run)->dict:
 def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
-    latents = load_latents(run.file("latents", "latents"), tok)
+    run.file("latents", "latents")
+    latents = load_latents(_shards(run, tok, replace=False), tok)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
     labels = torch.arange(min(10, n_classes)).repeat_interleave(8)

@@ -1,0 +1,37 @@
+"Trainings that are killed at any instant, stopped by a signal, and moved to another number of processes, against the unbroken one"
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest
+
+def report(folder, kills, *more):
+    r = subprocess.run([sys.executable, Path(__file__).parent/"resume_worker.py", folder, str(kills), *more], capture_output=True, text=True, timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert r.returncode == 0, r.stderr[-3000:]
+    return json.loads((folder/"report.json").read_text())
+
+def check_kills(r, n):
+    assert r["kills"] == n and r["status"] == 0, r["at"] # Two of three at a random moment, one in the middle of writing a checkpoint
+    assert r["differ"] == [] # Tokenizer, LightningDiT with its average, bit for bit; the log but for its clock
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory): return report(tmp_path_factory.mktemp("resume"), 3, "stopped")
+
+def test_a_killed_training_goes_on_bit_for_bit(few): check_kills(few["kills"], 3)
+
+def test_a_signal_saves_and_stops(few):
+    r = few["stopped"]
+    assert r["status"] == 143 and "SIGTERM: saving a checkpoint" in r["said"] and "stopped by SIGTERM; call the same command again" in r["said"], r["said"]
+    assert r["steps"] and r["then"] == 0 and "goes on from its checkpoint of step" in r["said"] or r["steps"] == [1]
+    assert r["differ"] == []
+
+@pytest.fixture(scope="module")
+def move(tmp_path_factory): return report(tmp_path_factory.mktemp("moved"), 0, "moved")["moved"]
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_more_or_fewer(move):
+    assert move["status"] == [2, -9], move
+    assert "lost the others" in move["said"] and "Traceback" not in move["said"]
+    assert move["step"] > 0 and move["on1"] == [0] and move["on3"] == [0, 0, 0]
+    assert max(move["apart1"], move["apart3"]) < 5e-3, move # In float32, and Adam makes much of rounding; test_parallel compares in float64
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path): check_kills(report(tmp_path, 20)["kills"], 20)
