@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 ARGS ?=
 TEST_TIMEOUT ?= 240
 
+# Bytecode is kept even where an image says not to: without it every process compiles torch again (torchvision: 14 s of CPU, not 4)
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup train test test-slow docs export notebooks clean
 
 help: ## list the targets
