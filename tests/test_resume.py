@@ -35,3 +35,15 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_more_or_fewer
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path): check_kills(report(tmp_path, 20)["kills"], 20)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+                                      ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]], ids=["torchrun", "accelerate"])
+def test_launchers_do_the_whole_run(launcher, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    args = ["-m", "vavae_nb.train", "--recipe", "smoke", "--device", "cpu", "--out", tmp_path/"run", "--set", "tokenizer.ch=16", "tokenizer.latent_dim=4", "dit.depth=1", "evaluation.extractors=alexnet", "data.limit=100"]
+    r = subprocess.run([sys.executable, "-m", *launcher, *map(str, args)], capture_output=True, text=True, timeout=600, env=env)
+    assert r.returncode == 0, r.stdout[-2000:]+r.stderr[-3000:]
+    assert r.stdout.count("reconstruction of") == 1 # One of them speaks
+    assert set(json.loads((tmp_path/"run"/"state.json").read_text())) == {"tokenizer", "latents", "dit", "sample", "evaluate"}
+    assert (tmp_path/"run"/"samples.npz").exists() and not (tmp_path/"run"/"run.lock").exists()
