@@ -181,7 +181,7 @@ def first_bad(
             if _bad(o): return name, items(o, first, n)
         hooks = [m.register_forward_hook(watch(k)) for k,m in model.named_modules() if k]
         try:
-            with autocast(learn.dls.device, getattr(learn, "autocast").precision if hasattr(learn, "autocast") else "fp32"): pred = model(*xb); loss = learn.loss_func(pred, *yb)
+            with autocast(learn.dls.device, learn.autocast.precision if hasattr(learn, "autocast") else "fp32"): loss = learn.loss_func(model(*xb), *yb)
         finally:
             for h in hooks: h.remove()
         if found: return found[0][0], items(found[0][1], first, n)
@@ -213,7 +213,7 @@ class FiniteGuard(Callback):
         what, items = first_bad(self.learn)
         raise VavaeError(f"the loss ({self.learn.loss.item():.4g}) or its gradient (norm {float(self.grad_norm):.4g}) was not finite in {self.in_a_row} steps in a row, the last one {self.train_iter}. "
                          f"The first number to go bad is in {what}, with the items {', '.join(map(str, items[:8]))}{' …' if len(items) > 8 else ''} of the training data. "
-                         "No such step has reached the weights. Look at those items; else lower the learning rate, clip gradients, or set precision=fp32 (and dit.qk_norm=true); the newest checkpoint is from before")
+                         "None of these steps has reached the weights. Look at those items; else lower the learning rate, clip gradients, or set precision=fp32 (and dit.qk_norm=true); the newest checkpoint is from before")
 
 # %% ../../nbs/50_training.callbacks.ipynb #1037cf1c
 class EMA(Callback):
@@ -292,11 +292,10 @@ class Resume(Callback):
     "Put a state back as the fit begins; after `TrainEvalCallback`, which sets the step to 0, and before whoever reads it"
     order = 4
     def __init__(self,
-        state:dict, # From `training_state`
+        state:dict|None, # From `training_state`; emptied, since it is as large as all that it fills. `None`: nothing to put back
     ): self.state = state
     def before_fit(self):
-        if self.state is None: return
-        state, self.state = self.state, None # Once, and not kept
+        if not (state := self.state): return
         self.learn.train_iter = state["step"]
         self.dls.train.seek(state["step"])
         self.model.load_state_dict(state["model"])
@@ -304,6 +303,7 @@ class Resume(Callback):
         if isinstance(self.loss_func, nn.Module): self.loss_func.load_state_dict(state["loss"])
         for k,c in _kept(self.learn).items(): c.load_state_dict(state["callbacks"][k])
         set_rng_state(state["rng"])
+        state.clear()
 
 class Checkpointing(Callback):
     "Write checkpoints, and stop where a signal asks for it; after the logs, before `MaxSteps`"
@@ -319,7 +319,8 @@ class Checkpointing(Callback):
     ): self.store,self.steps,self.every,self.stop,self.first,self.extra,self.measure = store,steps,every,stop,first,extra,measure
     def after_batch(self):
         if not self.training: return
-        asked = int(max_over(torch.tensor(float(self.stop.signum or 0), device=self.dls.device)).item()) if self.stop else 0
+        asked = self.stop.signum or 0 if self.stop else 0
+        if world_size() > 1: asked = int(max_over(torch.tensor(float(asked), device=self.dls.device)).item()) # All stop at the same step
         due = self.train_iter % self.every == 0 or self.train_iter == self.steps
         if asked or due: self.save(due)
         if asked: raise Stopped(asked)

@@ -59,7 +59,7 @@ class Run:
         elif self.out.exists() and not kept.exists() and any(p.name != "run.lock" for p in self.out.iterdir()):
             raise ConfigError(f"{self.out} is not empty and holds no run (no config.yaml); choose another --out")
         wait() # Until all have looked
-        if is_first(): save_config(cfg, kept)
+        if is_first() and not (kept.exists() and load_config(kept) == cfg): save_config(cfg, kept)
 
     @cached_property
     def data(self)->tuple[Images,Images]:
