@@ -33,7 +33,7 @@ train: setup ## the main job: real images → tokenizer → LightningDiT → new
 
 test: setup ## export in sync, every notebook, pytest, docs staging; under 15 minutes on 2 cores
 	$(BIN)/python tools/notebooks.py test --timeout $(TEST_TIMEOUT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python tools/stage.py
 
 test-slow: test ## make test, and what is flagged slow
