@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from .core import CheckpointError, ConfigError, DataError, ShapeError, VavaeError, atomic_write, progress
 from .data import Batches, Images, to_batch
-from .tensors import ImageNoise, autocast, generator, has_bf16, load_tensors, load_torch, save_tensors
+from .tensors import ImageNoise, autocast, generator, load_tensors, load_torch, resolve_precision, save_tensors
 from .tokenizer.autoencoder import Autoencoder
 
 # %% ../nbs/20_latents.ipynb #097c0c9a
@@ -91,10 +91,8 @@ def extract_shards(
     for r,of in ((rank, world_size), share):
         if not 0 <= r < of: raise ConfigError(f"rank {r} of {of} processes; ranks are 0 to {of-1}")
     folder, device, training = Path(folder), tokenizer.encoder_last.device, tokenizer.training
-    autocast(device, precision) # Refuses an unknown name
-    bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
     about = dict(tokenizer=tokenizer.fingerprint(), data=images.name, data_fingerprint=images.fingerprint, classes=list(images.classes), n=len(images), seed=seed,
-                 per_shard=per_shard, world_size=world_size, precision="bf16" if bf16 else "fp32")
+                 per_shard=per_shard, world_size=world_size, precision=resolve_precision(device, precision))
     layout = shard_ranges(len(images), per_shard, world_size)
     mine = dict([kv for kv in layout.items() if int(_shard.match(kv[0])[1]) == rank][share[0]::share[1]])
     kept = _kept(folder, about, replace, lambda name: name in mine or name not in layout and rank == share[0] == 0)

@@ -143,10 +143,12 @@ def plan(
 def memory(
     cfg:Config, # What would be run
 )->dict:        # Network → bytes of `state` (weights, gradients, Adam's moments; LightningDiT's average) and of what is `kept`
-    "Memory of a training step at the configuration's batch size on one device, in fp32"
+    "Memory of a training step on one device, in fp32: with the whole batch, or its largest part, and activations kept or computed again, as the configuration says"
     tok, m = _meta_tokenizer(cfg.tokenizer, cfg.data.size), _meta_dit(cfg.dit, cfg.tokenizer, cfg.data.size, data_counts(cfg)[1])
+    training = dict(tokenizer=cfg.tokenizer_training, dit=cfg.dit_training)
+    tok.grad_checkpointing, m.grad_checkpointing = (t.grad_checkpointing for t in training.values())
     kept = dict(tokenizer=saved_bytes(tok, _meta(2, 3, cfg.data.size, cfg.data.size)), dit=saved_bytes(m, *_dit_inputs(m, 2)))
-    batch, copies = dict(tokenizer=cfg.tokenizer_training.batch_size, dit=cfg.dit_training.batch_size), dict(tokenizer=4, dit=5)
+    batch, copies = {k: -(-t.batch_size//t.accumulate) for k,t in training.items()}, dict(tokenizer=4, dit=5)
     return {k: dict(state=4*copies[k]*count_params(net), kept=batch[k]*kept[k]//2) for k,net in (("tokenizer", tok), ("dit", m)) if k == "dit" or cfg.tokenizer_training.steps}
 
 # %% ../nbs/37_plan.ipynb #7745277f
@@ -206,8 +208,8 @@ def describe(
 )->str:
     "The complete configuration and what it takes, for `--dry-run`"
     p, device, tt, d = plan(cfg), pick_device(cfg.device), cfg.tokenizer_training, cfg.dit_training
-    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and has_bf16(device)
-    rate = measured_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    precision = resolve_precision(device, cfg.precision)
+    rate = measured_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     share, r = share_of_peak[device.type], recipes.get(cfg.recipe)
     here, there = device_hours(p, share*rate), device_hours(p, paper_rate())
     tok, dit, gb = p["tokenizer"], p["dit"], lambda m: f"{m['state']/1e9:.2f} GB of weights, gradients and optimizer + {m['kept']/1e9:.2f} GB of activations (fp32; about half in bf16)"
@@ -218,11 +220,12 @@ def describe(
              if tok["step"] else f"tokenizer   {tok['parameters']/1e6:.1f} M parameters, {tok['forward']/1e9:.1f} GFLOPs an image there and back; not trained: {cfg.tokenizer.weights}",
              f"LightningDiT {dit['parameters']/1e6:.1f} M parameters, {dit['tokens']} tokens, {dit['forward']/1e9:.1f} GFLOPs an image, {3*dit['forward']/1e9:.1f} in a training step", ""]
     batch = dict(tokenizer=tt.batch_size, dit=d.batch_size)
-    lines += [f"memory      {k}, batch {batch[k]} on one device: {gb(m)}" for k,m in memory(cfg).items()]
+    parts = lambda t: f" in {t.accumulate} parts"*(t.accumulate > 1) + ", activations computed again"*t.grad_checkpointing
+    lines += [f"memory      {k}, batch {batch[k]}{parts(dict(tokenizer=tt, dit=d)[k])} on one device: {gb(m)}" for k,m in memory(cfg).items()]
     lines += ["", f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>14}{'one H800':>12}"]
     lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{_hours(here[k]):>14}{_hours(there[k]):>12}" for k,v in p["stages"].items()]
     lines += [f"{'all':39}{_hours(here['all']):>14}{_hours(there['all']):>12}", "",
-              f"this machine: {share:.0%} of {rate/1e12:.3g} TFLOP/s, a {'bf16' if bf16 else 'fp32'} matrix product timed now on {device}",
+              f"this machine: {share:.0%} of {rate/1e12:.3g} TFLOP/s, a {precision} matrix product timed now on {device}",
               f"one H800: {paper_rate()/1e12:.0f} TFLOP/s, the authors' 284 images/s of LightningDiT-XL/1; the tokenizer in fp32 is slower than that",
               "estimates of arithmetic only: decoding images, writing and evaluating come on top"]
     if r and r.expect: lines += ["", "the paper reports " + ", ".join(f"{k.replace('guided_gFID', 'gFID with guidance')} {v:g}" for k,v in r.expect.items())]

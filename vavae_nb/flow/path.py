@@ -259,7 +259,7 @@ def flow_loss(
     times:str="logit-normal",            # `logit-normal` or `uniform`
     direction_weight:float=1.,           # Weight of the direction loss
     generator:torch.Generator|None=None, # For times and noise; best on the latents' device
-)->tuple[Tensor,dict[str,Tensor]]:       # The loss, float32, and its terms as detached scalars
+)->tuple[Tensor,dict[str,Tensor]]:       # The loss, at least float32, and its terms as detached scalars
     "The loss of LightningDiT on one batch"
     obj = FlowLoss(path, prediction, times, direction_weight)
     xt, t, target = obj.prepare(x1, generator)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import CheckpointError, ConfigError, DataError, ShapeError, WeightsError, cache_dir, progress, unknown_name
 from ..pretrained import inception_network, timm_network, weights_sha256
 from ..processes import gather_rows, is_first, max_over, share, wait, world_size
-from ..tensors import autocast, has_bf16, load_tensors, save_tensors
+from ..tensors import autocast, load_tensors, resolve_precision, save_tensors
 from ..tokenizer.autoencoder import to_uint8
 from ..tokenizer.perceptual import ConvStages
 
@@ -239,7 +239,7 @@ def extract_features(
 )->np.ndarray|tuple[np.ndarray,np.ndarray]: # (n, dim) float32, or this and (n, spatial_dim)
     "Features of all images; those of an object with a `fingerprint` are kept in the cache"
     n,_,fingerprint = _source(images)
-    if precision == "auto": precision = "bf16" if has_bf16(extractor.device) else "fp32"
+    precision = resolve_precision(extractor.device, precision)
     def compute(): return {k: torch.from_numpy(np.concatenate(f)) for k,f in
                            zip(("features", "spatial"), zip(*feature_batches(extractor, images, batch_size, precision, flip, spatial)))}
     if fingerprint is None or not n: tensors = compute()

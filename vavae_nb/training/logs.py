@@ -214,7 +214,7 @@ class Every(Callback):
 _panels = {"terms of the loss": lambda k: k.startswith("loss/") or k == "loss", "alignment, before weights": lambda k: k in ("vf_cos", "vf_distmat"),
            "discriminator": lambda k: k.startswith("disc_"), "adaptive weights": lambda k: k.endswith("_scale"),
            "gradient norms": lambda k: "grad_norm" in k, "learning rate": lambda k: k == "lr" or k.endswith("_lr"),
-           "images a second, and MFU": lambda k: k in ("images_per_second", "mfu"), "memory, GB": lambda k: k == "memory_gb", "validation": lambda k: k.startswith("valid/"),
+           "images a second, and MFU": lambda k: k in ("images_per_second", "mfu"), "memory, GB": lambda k: k == "memory_gb", "validation": lambda k: k.startswith("valid/") and k != "valid/psnr", "validation, PSNR in dB": lambda k: k == "valid/psnr",
            "share of steps skipped": lambda k: k == "skipped"}
 _logarithmic = ("terms of the loss", "adaptive weights", "gradient norms")
 
@@ -230,6 +230,7 @@ def _draw(ax, title, terms): # One panel
         positive = all(v > 0 for p in terms.values() for _,v in p)
         ax.set_yscale("log" if positive else "symlog")
         if positive: ax.yaxis.set_major_formatter(_Plain()); ax.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, .4)))
+    else: ax.ticklabel_format(axis="y", useOffset=False)
     if title in ("images a second, and MFU", "memory, GB"): ax.set_ylim(0)
     if len(terms) > 1 and "mfu" not in terms: ax.legend(fontsize=6, frameon=False, ncols=1+(len(terms) > 3))
     ax.set_title(title if "mfu" in terms or "MFU" not in title else "images a second", fontsize=8); ax.tick_params(which="both", labelsize=7); ax.grid(alpha=.2)

@@ -257,9 +257,9 @@ def run_dit(run:Run)->dict:
     latents = load_latents(_shards(run, tok, replace=False), tok)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
-    labels = torch.arange(min(10, n_classes)).repeat_interleave(8)
+    labels = torch.arange(min(10, n_classes)).repeat_interleave(6)
     def look(learn):
-        with learn.ema.applied() as m: x = _draw(run, m, tok, labels, points=20, progress=False)
+        with learn.ema.applied() as m: x = _draw(run, m, tok, labels, points=12, progress=False)
         _class_grid(run, x, labels, run.out/"progress"/f"samples-{learn.train_iter:06d}.png", f"step {learn.train_iter}")
     x1, y = _held_out(run, tok)
     def measure(learn, log):
