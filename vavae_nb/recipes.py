@@ -29,7 +29,7 @@ _tiny = override(Config(), {
     "tokenizer_training.disc_weight": .05, "tokenizer_training.disc_start": 2500, "tokenizer_training.disc_width": 32, "tokenizer_training.disc_layers": 1,
     "dit.size": "tiny", "dit_training.steps": 2000, "dit_training.batch_size": 32, "dit_training.lr": 2e-3, "dit_training.schedule": "cosine",
     "dit_training.warmup": 50, "dit_training.clip": 1., "dit_training.ema": .995,
-    "sampling.points": 30, "sampling.cfg_scale": 3., "sampling.cfg_interval": (.1, 1.)})
+    "sampling.points": 30, "sampling.cfg_scale": 3., "sampling.cfg_interval": (.1, 1.), "saving.every": 250})
 
 _smoke = override(_tiny, {
     "tokenizer_training.steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.disc_start": 3, "tokenizer_training.warmup": 0,
@@ -46,7 +46,8 @@ _imagenet = override(Config(), {
     "data.source": "", "data.size": 256, "foundation.name": "dinov2", "foundation.normalize": "none",
     "tokenizer_training.steps": _epochs(50), "tokenizer_training.batch_size": 256, "tokenizer_training.precision": "fp32",
     "dit.size": "B", "dit_training.steps": 160*1250, "dit_training.batch_size": 1024, # 64 epochs are 80 000 steps
-    "sampling.n": 10_000, "evaluation.extractors": ("inception",), "evaluation.images": 50_000, "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000})
+    "sampling.n": 10_000, "evaluation.extractors": ("inception",), "evaluation.images": 50_000, "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000,
+    "saving.every": 5_000}) # LightningDiT-XL's checkpoint is 11 GB: the better part of a minute
 
 def _figures(keys, text): return {k: float(v) for k,v in zip(keys.split(), text.split()) if v != "-"}
 
