@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Recorder
 from vavae_nb.config import DiTTraining, TokenizerTraining, VF
 from vavae_nb.data import embedded
 from vavae_nb.dit.model import LightningDiT
@@ -29,7 +28,6 @@ class FirstGradients(Callback):
 
 def trained(learn, named, steps):
     learn.named = named
-    learn.remove_cb(Recorder) # Its average of losses is in float32
     learn.add_cbs([Double(), FirstGradients()])
     fit_steps(learn, steps)
     return dict(weights={k: p.detach().clone() for k,p in named.items()}, gradients=learn.first, history=[{k: v for k,v in r.items() if k not in ("seconds", "images_per_second", "memory_gb", "mfu")} for r in learn.terms_log.history])

@@ -14,7 +14,7 @@ from typing import Any, Callable
 import torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +53,7 @@ def fit_steps(
     steps:int,     # Batches in all, those of an earlier part of the run included
 ):
     "Fit quietly up to a number of steps"
+    learn.remove_cb(Recorder) # It keeps a tensor of every step: half a gigabyte of a GPU's memory after a million
     with learn.no_logging(): learn.fit(steps//len(learn.dls.train)+2) # Whole epochs, and two that may be parts
 
 # %% ../../nbs/50_training.callbacks.ipynb #b1b608e1
