@@ -118,7 +118,9 @@ def apart(a, b):
 
 if __name__ == "__main__":
     folder, n = Path(sys.argv[1]), int(sys.argv[2])
-    save_config(CONFIG, folder/"config.yaml")
+    longer = max(1, n//4) # Each kill costs the steps since a checkpoint, yet the run gets on: it must not end before it was killed n times
+    t = CONFIG.tokenizer_training
+    save_config(override(CONFIG, {"tokenizer_training.steps": t.steps*longer, "tokenizer_training.phases": [dict(steps=t.phases[0].steps*longer, disc_start=2)], "dit_training.steps": CONFIG.dit_training.steps*longer}), folder/"config.yaml")
     report = dict(kills=kills(folder, n))
     for f in (stopped, moved):
         if f.__name__ in sys.argv: report[f.__name__] = f(folder)
