@@ -1,7 +1,8 @@
 """Trainings that are killed, stopped and moved, for test_resume: `python resume_worker.py FOLDER KILLS [stopped] [moved]`. Everything is imported once, then each training is a fork; writes FOLDER/report.json."""
-import csv, json, os, random, signal, socket, sys, time, traceback
+import csv, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import timm, torch, torch._dynamo # What every training would import anew, the latter for DistributedDataParallel
+from together import together
 from vavae_nb.checkpoints import Checkpoints
 from vavae_nb.config import override, save_config
 from vavae_nb.recipes import recipe
@@ -23,7 +24,7 @@ def train(out, stages, config=None, **env):
         torch.set_num_threads(1)
         try:
             for stage in stages:
-                if "MASTER_PORT" in env: os.environ["MASTER_PORT"] = free_port(env["MASTER_PORT"], stage) # They meet anew for each
+                if "MASTER_PORT" in env: os.environ["MASTER_PORT"] = next_port(env["MASTER_PORT"], stage) # They meet anew for each
                 main(recipe=str(config or out.parent/"config.yaml"), out=str(out), stage=stage)
             status = 0
         except SystemExit as e: status = e.code if isinstance(e.code, int) else 1
@@ -31,7 +32,7 @@ def train(out, stages, config=None, **env):
         sys.stdout.flush(); sys.stderr.flush()
     os._exit(status)
 
-def free_port(first, stage): return str(int(first)+TRAININGS.index(stage)) # The same in all processes
+def next_port(first, stage): return str(int(first)+TRAININGS.index(stage)) # The same in all processes
 
 def fork(*args, before=lambda: None, **kw):
     if (pid := os.fork()) == 0: before(); train(*args, **kw)
@@ -40,8 +41,8 @@ def fork(*args, before=lambda: None, **kw):
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def on_processes(n, *args, **kw):
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = str(s.getsockname()[1])
-    return [fork(*args, **kw, RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo") for r in range(n)]
+    env = together(n)
+    return [fork(*args, **kw, **env, RANK=str(r)) for r in range(n)]
 
 def until(condition, pids, seconds=60):
     end = time.time()+seconds

@@ -1,8 +1,9 @@
 "Logs: rows on many processes, after a kill, in TensorBoard and W&B, and lines without a terminal"
-import copy, os, re, socket, subprocess, sys, traceback, types
+import copy, os, re, subprocess, sys, traceback, types
 from functools import partial
 from pathlib import Path
 import pytest, torch
+from together import together
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -67,8 +68,7 @@ def on_two(folder):
 def two(tmp_path_factory):
     "That, without a terminal"
     d = tmp_path_factory.mktemp("two")
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(Path(__file__).parent), PYTHONWARNINGS="ignore")
+    env = os.environ | together(2) | dict(PYTHONPATH=str(Path(__file__).parent), PYTHONWARNINGS="ignore")
     r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=200)
     said = [[(d/f"{name}{k}.txt").read_text() for name in ("out", "err")] for k in range(2)]
     assert r.returncode == 0, said

@@ -1,11 +1,11 @@
 "Trainings on two and three processes, and in parts, against the same on one: losses, gradients and weights in float64"
-import os, socket, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import pytest, torch
+from together import together
 
 def run(folder, world, accumulate=1, steps=4):
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = str(s.getsockname()[1])
-    env = os.environ | dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    env = os.environ | together(world)
     out = folder/f"{world}-{accumulate}.pt"
     ps = [subprocess.Popen([sys.executable, Path(__file__).parent/"parallel_worker.py", out, str(steps), str(accumulate)], env=env | dict(RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(world)]
     said = [p.communicate(timeout=240)[0] for p in ps]

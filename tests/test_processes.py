@@ -1,7 +1,8 @@
 "Several processes give the numbers of one: features, references, latents, evaluation, commands; and one that dies ends the others with a sentence"
-import json, os, signal, socket, subprocess, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
+from together import together
 from vavae_nb.data import embedded
 from vavae_nb.latents import shard_files
 from vavae_nb.tensors import load_tensors, test_tensor as check
@@ -9,8 +10,7 @@ from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 def start(n, args, **env):
     "The same Python command n times, as a launcher starts it"
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = os.environ | dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo") | env
+    env = os.environ | together(n) | env
     return [subprocess.Popen([sys.executable, *map(str, args)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,8 @@ def test_the_numbers_of_one_process_until_one_dies(work, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_real_launchers(work, tmp_path):
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)] # Also without GPUs: it is torchrun in disguise
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", together(2)["MASTER_PORT"]] # Also without GPUs: it is torchrun in disguise
     figure = {}
     for name,launcher in dict(one=None, torchrun=torchrun, accelerate=accelerate).items():
         for command in (["vavae_nb.extract", "--tokenizer", work, "--out", tmp_path/name/"z", "--per-shard", 1000, "--precision", "fp32"],

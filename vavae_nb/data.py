@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .core import ConfigError, DataError, atomic_write, cache_dir, keep_on_disk, progress, unknown_name
-from .processes import share, world_size
+from .processes import share
 from .tensors import generator
 
 # %% ../nbs/04_data.ipynb #bb661c2b

@@ -66,22 +66,22 @@ def share(
 
 # %% ../nbs/03_processes.ipynb #8440efb8
 @torch.no_grad()
+def _reduce(t, op): # In place
+    if world_size() > 1:
+        with _others_named(): dist.all_reduce(t, op)
+    return t
+
 def sum_over(
     t:Tensor, # The same shape in every process
 )->Tensor:    # Itself, with the sum in it
     "Sum a tensor over all processes, in place"
-    if world_size() > 1:
-        with _others_named(): dist.all_reduce(t)
-    return t
+    return _reduce(t, dist.ReduceOp.SUM)
 
-@torch.no_grad()
 def max_over(
     t:Tensor, # The same shape in every process
 )->Tensor:    # Itself, with the maximum in it
     "The largest of all processes, in place"
-    if world_size() > 1:
-        with _others_named(): dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t
+    return _reduce(t, dist.ReduceOp.MAX)
 
 class _Sum(torch.autograd.Function): # torch's own is deprecated, and its successor private
     @staticmethod

@@ -108,7 +108,7 @@ def gradient_ratio(
     eps:float=1e-4,   # Added to ‖loss‖
 )->Tensor:            # Scalar in [0, max_weight]
     "The ratio of two gradients' norms, clamped; of several processes' gradients the sums are taken before the norms"
-    r, l = (torch.linalg.vector_norm(sum_over(g.clone()), dtype=torch.promote_types(g.dtype, torch.float32)) for g in (reference, loss)) # The square of an fp16 gradient overflows
+    r, l = (torch.linalg.vector_norm(at_least_fp32(sum_over(g.clone()))) for g in (reference, loss)) # The square of an fp16 gradient overflows
     return (r/(l+eps)).clamp(0., max_weight)
 
 def adaptive_weight(

@@ -17,7 +17,7 @@ from ..checkpoints import Checkpoints, RunLock, StopSignals
 from ..config import Config, differences, flat, load_config, save_config
 from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, unknown_name
 from ..data import Images, first_of_each, load_data
-from ..dit.model import LightningDiT, count_params
+from ..dit.model import LightningDiT, count_params, flops_per_image
 from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
@@ -73,7 +73,7 @@ class Run:
         later = stages[stages.index(stage):]
         self._write({k: v for k,v in self.state.items() if k not in later})
         if is_first():
-            for s in later: shutil.rmtree(self.checkpoints(s).folder, ignore_errors=True); shutil.rmtree(self.out/"drawn", ignore_errors=True)
+            for folder in (*(self.checkpoints(s).folder for s in later), self.out/"drawn"): shutil.rmtree(folder, ignore_errors=True)
         wait()
     def _write(self, state):
         wait() # Until all have read what there was
@@ -268,7 +268,7 @@ def run_dit(run:Run)->dict:
         log.write(learn.train_iter, log.seconds, {"valid/loss": loss})
         return loss
     _, state, began = _found(run, "dit")
-    learn, seconds = _train(run, "dit", lambda **kw: dit_learner(model, latents, seed=cfg.seed, **kw), t, state=state, began=began, name="LightningDiT", flops=3*plan(cfg)["dit"]["forward"],
+    learn, seconds = _train(run, "dit", lambda **kw: dit_learner(model, latents, seed=cfg.seed, **kw), t, state=state, began=began, name="LightningDiT", flops=3*flops_per_image(model),
                             look=look, measure=measure, precision=cfg.precision)
     if is_first():
         model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
