@@ -30,6 +30,7 @@ class Foundation:
     name:str="efficientnet_lite0" # A timm model, `dinov2`, `mae`, `sam` or `clip`, or `none` for no VF loss
     weights:str=""                # A file, `random`, or empty: packaged copy, cache, hub
     normalize:str="model"         # `model`: the VFM's own mean and std; `none`: [−1, 1] as the published code feeds it
+    control:str=""                # Instead of an image's features, to see what they are good for: `shuffled` (another image's), `lowpass` (average colours)
     cache:str="auto"              # Keep features on disk: `always`, `never` (computed in each step), or `auto` (up to 20 GB)
 
 @dataclass(frozen=True)

@@ -133,11 +133,11 @@ def plan(
     cached = keep_on_disk(cfg.foundation.cache, n_images*seen["bytes"])
     steps = tt.steps+sum(p.steps for p in tt.phases)
     tok |= dict(step=_step_flops(cfg, tok, 0 if cached else seen["flops"]) if steps else 0)
-    asked = s.points*{"heun": 2, "midpoint": 2, "rk4": 4}.get(s.solver, 1) # Guidance doubles it where it is on; drawn with and without
+    asked, sets = s.points*{"heun": 2, "midpoint": 2, "rk4": 4}.get(s.solver, 1), 1 if s.cfg_scale == 1 else 2 # Drawn without guidance, and with it, which asks twice
     stages = dict(tokenizer=dict(images=steps*tt.batch_size, flops=steps*tt.batch_size*tok["step"] + (2*n_images*seen["flops"] if cached else 0)),
                   latents=dict(images=2*n_images, flops=2*n_images*tok["encode"]),
                   dit=dict(images=d.steps*d.batch_size, flops=3*d.steps*d.batch_size*dit["forward"]),
-                  sample=dict(images=2*s.n, flops=s.n*(3*asked*dit["forward"]+2*tok["decode"])))
+                  sample=dict(images=sets*s.n, flops=s.n*((2*sets-1)*asked*dit["forward"]+sets*tok["decode"])))
     return dict(stages=stages, tokenizer=tok, dit=dit, n_images=n_images, n_classes=n_classes)
 
 def memory(

@@ -8,14 +8,13 @@ __all__ = ['configuration', 'main']
 # %% ../nbs/60_train.ipynb #e38e0f1c
 import os, sys, warnings
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from fastcore.script import Param, call_parse
 from .commands import dashes, given_settings, process, user_errors
 from .config import Config, load_config, override
 from .core import ConfigError
 from .recipes import recipe as get_recipe
-from .recipes import run_name
+from .recipes import run_name, scaled_steps
 
 # %% ../nbs/60_train.ipynb #29d2c137
 def configuration(
@@ -31,17 +30,12 @@ def configuration(
     cfg = load_config(name) if name.endswith((".yaml", ".yml")) else get_recipe(name)
     changes = {"data.source": data and str(Path(data).expanduser()), "seed": seed, "foundation.name": vf, "device": device}
     changes = {k: v for k,v in changes.items() if v is not None}
-    if steps is not None: changes |= _scaled_steps(cfg, steps)
+    if steps is not None: changes |= _of_length(cfg, steps)
     return override(cfg, changes | (settings or {}))
 
-def _scaled_steps(cfg, steps): # Phases, the GAN's start and the times' change keep their place in the run, the warm-up its share at most
+def _of_length(cfg, steps): # Both trainings
     if steps < 1: raise ConfigError(f"--steps takes a number of at least 1, got {steps}")
-    t, d = cfg.tokenizer_training, cfg.dit_training
-    if not t.steps: return {"dit_training.steps": steps, "dit_training.warmup": min(d.warmup, steps//10), "dit_training.uniform_from": round(d.uniform_from*steps/d.steps)}
-    return {"tokenizer_training.steps": steps, "tokenizer_training.disc_start": round(t.disc_start*steps/t.steps), "dit_training.steps": steps,
-            "tokenizer_training.warmup": min(t.warmup, steps//10), "dit_training.warmup": min(d.warmup, steps//10),
-            "tokenizer_training.phases": [replace(p, steps=max(1, round(p.steps*steps/t.steps)), disc_start=round(p.disc_start*steps/t.steps)) for p in t.phases],
-            "dit_training.uniform_from": round(d.uniform_from*steps/d.steps)}
+    return scaled_steps(cfg, steps/max(cfg.tokenizer_training.steps, 1), steps/cfg.dit_training.steps)
 
 # %% ../nbs/60_train.ipynb #ef988b50
 @call_parse

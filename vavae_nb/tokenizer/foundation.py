@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_vfms', 'choose_layer', 'fold_batchnorm', 'FoundationModel', 'foundation_cost', 'fast_precision',
-           'feature_precision', 'cached_features']
+           'feature_precision', 'cached_features', 'Shuffled', 'low_pass']
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #4013deaf
 import copy, hashlib, io, json, shutil
@@ -201,3 +201,27 @@ def _one_file(path, device): # `atomic_write` by all processes together
             yield tmp
             wait()
     wait() # Until it has its name
+
+# %% ../../nbs/13_tokenizer.foundation.ipynb #238c5fa6
+class Shuffled:
+    "Features dealt to other images, in one cycle, so that none keeps its own; a control"
+    def __init__(self,
+        features:np.ndarray, # Of `cached_features`, (n, 2, D, grid, grid), n ≥ 2
+        seed:int=0,          # Of who gets whose
+    ):
+        order = torch.randperm(len(features), generator=generator(seed, "shuffled features")).numpy()
+        self.features, self.shape, self.given = features, features.shape, np.empty_like(order)
+        self.given[order] = np.roll(order, 1)
+    def __len__(self): return len(self.features)
+    def __getitem__(self, at): # Rows, or (rows, flips)
+        rows, *rest = at if isinstance(at, tuple) else (at,)
+        return self.features[(self.given[rows], *rest)]
+
+def low_pass(
+    images,             # As for `cached_features`
+    grid:int,           # Positions a side
+    batch_size:int=500, # Images at a time
+)->np.ndarray:          # (n, 2, 3, grid, grid) float16, in [−1, 1]
+    "The average colour of each position, of every image and its mirror image; a control"
+    batches = [np.arange(i, min(i+batch_size, len(images))) for i in range(0, len(images), batch_size)]
+    return np.concatenate([torch.stack([F.adaptive_avg_pool2d(images.batch(ids, flip), grid) for flip in (False, True)], 1).half().numpy() for ids in batches])

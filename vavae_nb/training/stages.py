@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['stages', 'Run', 'check_names', 'run_stages', 'run_tokenizer', 'reconstruct', 'run_latents', 'run_dit', 'run_sample',
-           'provenance', 'run_evaluate', 'summary']
+           'provenance', 'run_evaluate', 'summary', 'adopt_tokenizer']
 
 # %% ../../nbs/53_training.stages.ipynb #782f667a
-import json, shutil, time, warnings
+import json, os, shutil, time, warnings
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..processes import first_alone, is_first, rank, wait, world_size
 from ..published import load_tokenizer
 from ..tensors import autocast, generator, load_tensors, pick_device, precisions, resolve_precision, seed_everything
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
-from ..tokenizer.foundation import FoundationModel, cached_features
+from ..tokenizer.foundation import FoundationModel, Shuffled, cached_features, low_pass
 from .callbacks import Checkpointing, Resume, fit_steps
 from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
@@ -98,7 +98,7 @@ def check_names(
     "Refuse a name that a later stage would not know, before anything is trained"
     ddpm, when = cfg.dit_training.path == "ddpm", ("auto", "always", "never")
     known = {"dit_training.path": (*paths, "ddpm"), "dit_training.prediction": predictions, "dit_training.times": time_dists,
-             "sampling.solver": ddpm_methods if ddpm else (*solvers, "sde"), "data.cache": when, "foundation.cache": when,
+             "sampling.solver": ddpm_methods if ddpm else (*solvers, "sde"), "data.cache": when, "foundation.cache": when, "foundation.control": ("", "shuffled", "lowpass"),
              "tokenizer_training.schedule": ("constant", "cosine"), "dit_training.schedule": ("constant", "cosine"), "precision": precisions,
              "tokenizer_training.precision": ("", *precisions), "tokenizer.normalize": ("channel", "global", *_factor(cfg.tokenizer.normalize))}
     settings = flat(cfg)
@@ -158,7 +158,12 @@ def _precision(run): return run.cfg.tokenizer_training.precision or run.cfg.prec
 
 def _features(run, vfm, train): # Cached, or the network itself; and its key
     if vfm is None or not any(vf.weight for vf,_ in tokenizer_phases(run.cfg.vf, run.cfg.tokenizer_training)): return None, "none"
-    return cached_features(vfm, train, precision=_precision(run)) if keep_on_disk(run.cfg.foundation.cache, vfm.feature_bytes(len(train))) else vfm, vfm.key
+    control, kept = run.cfg.foundation.control, keep_on_disk(run.cfg.foundation.cache, vfm.feature_bytes(len(train)))
+    if control == "lowpass": return low_pass(train, vfm.grid), f"average colours of {vfm.grid} × {vfm.grid} positions"
+    if control and not kept: raise ConfigError("foundation.control=shuffled needs features on disk: set foundation.cache=always")
+    if not kept: return vfm, vfm.key
+    features = cached_features(vfm, train, precision=_precision(run))
+    return (Shuffled(features, run.cfg.seed), f"{vfm.key}, of other images") if control else (features, vfm.key)
 
 def _train(run, stage, make, training, *, phase=0, first=0, state=None, began=0., name="", flops=0, look=None, measure=None, **kw):
     "Make a stage's (or phase's) learner, with log, pictures and checkpoints, and train it from a state on"
@@ -295,14 +300,16 @@ def _how(run): # The run's settings of drawing
     return dict(path=t.path, prediction=t.prediction, seed=run.cfg.seed, device=run.device, precision=run.cfg.precision, batch_size=run.cfg.evaluation.batch_size)
 def _draw(run, model, tok, labels, **kw): return generate_images(model, tok, labels, run.cfg.sampling, **_how(run), **kw)
 
+def _sets(cfg): return ({} if cfg.sampling.cfg_scale == 1 else {"samples": True}) | {"samples_unguided": False} # Name → guided
+
 def run_sample(run:Run)->dict:
-    "draw images of every class, with guidance and without"
+    "draw images of every class, with guidance (if there is any) and without"
     cfg, tok, model = run.cfg, run.tokenizer(), LightningDiT.load(run.file("dit.safetensors", "dit")).to(run.device)
     if model.meta["tokenizer"] != tok.fingerprint():
         raise CheckpointError(f"dit.safetensors was trained on latents of tokenizer {model.meta['tokenizer']}, but tokenizer.safetensors is {tok.fingerprint()}; run the stage 'dit' again")
     labels = torch.arange(cfg.sampling.n) % model.num_classes
     settings = settings_of(cfg, run.out/"dit.safetensors", "ema", tok, "balanced", run.device)
-    for guided,name in ((True, "samples"), (False, "samples_unguided")):
+    for name,guided in _sets(cfg).items():
         samples = SampleSet(run.out/"drawn"/name, labels, settings | dict(guided=guided), run.data[0].classes, cfg.evaluation.batch_size)
         draw_chunks(samples, model, tok, cfg.sampling, rank=rank(), world_size=world_size(), guided=guided, **_how(run))
         wait()
@@ -312,7 +319,7 @@ def run_sample(run:Run)->dict:
             _class_grid(run, np.load(run.out/f"{name}.npz")["arr_0"][first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
     wait()
     if is_first(): shutil.rmtree(run.out/"drawn")
-    return dict(images=2*len(labels))
+    return dict(images=len(_sets(cfg))*len(labels))
 
 # %% ../../nbs/53_training.stages.ipynb #13a6d92c
 def provenance(
@@ -343,7 +350,7 @@ def _reconstruction(run):
 def _generation(run):
     e, s = run.cfg.evaluation, run.cfg.sampling
     refs = {"train": _subset(run.data[0], e.reference), "test": _subset(run.data[1], e.reference)}
-    drawn = {name: np.load(run.file(f"{name}.npz", "sample")) for name in ("samples", "samples_unguided")}
+    drawn = {name: np.load(run.file(f"{name}.npz", "sample")) for name in _sets(run.cfg)}
     how = {"samples": f"guidance {s.cfg_scale:g} in {list(s.cfg_interval)}", "samples_unguided": "no guidance"}
     rows = []
     for name in e.extractors:
@@ -356,13 +363,14 @@ def _generation(run):
             note = f"{how.get(what, 'real test images, the distance to beat')}; balanced labels; this network {role}"
             m = fd(stats[what], stats[ref], ex.key, f"{refs[ref].name} {refs[ref].fingerprint}", note)
             rows.append(dict(images=what, against=ref, network=name) | m.to_dict())
-    near, which = nearest_neighbours(feats["samples"], feats["train"]) # Of the last network
+    shown = next(iter(drawn)) # Guided, where there is guidance
+    near, which = nearest_neighbours(feats[shown], feats["train"]) # Of the last network
     real, _ = nearest_neighbours(feats["test"], feats["train"])
     pick = np.arange(min(20, len(which)))
-    run.grid([drawn["samples"]["arr_0"][pick], to_uint8(refs["train"].batch(which[pick, 0]))], ["sample", "nearest\ntraining image"],
+    run.grid([drawn[shown]["arr_0"][pick], to_uint8(refs["train"].batch(which[pick, 0]))], ["sample", "nearest\ntraining image"],
               run.out/"nearest.png", f"samples and their nearest training images over {name}")
     return dict(fd=rows, nearest=dict(network=name, median_of_samples=near.median().item(), median_of_test_images=real.median().item()),
-                sampling=dict(n=len(drawn["samples"]["arr_0"]), labels="balanced", points=s.points, solver=s.solver, shift=s.shift, cfg_scale=s.cfg_scale,
+                sampling=dict(n=len(drawn[shown]["arr_0"]), labels="balanced", points=s.points, solver=s.solver, shift=s.shift, cfg_scale=s.cfg_scale,
                               cfg_interval=list(s.cfg_interval), cfg_channels=s.cfg_channels or "all", weights="EMA"))
 
 # %% ../../nbs/53_training.stages.ipynb #99eaaf44
@@ -375,6 +383,7 @@ def _uniformity(run):
     v = latent_vectors(latents.batch(some), n, generator(seed, "uniformity"))
     points = tsne_2d(v, seed, perplexity)
     p = kde_at_points(points)
+    with atomic_write(run.out/"tsne.npy") as tmp: np.save(tmp, points.numpy())
     ax = plot_density(points, p); ax.set_title(f"t-SNE of {n} latent vectors"); ax.figure.tight_layout()
     with atomic_write(run.out/"tsne.png") as tmp: ax.figure.savefig(tmp, dpi=110)
     plt.close(ax.figure)
@@ -401,7 +410,7 @@ def summary(
     for net in dict.fromkeys(f["network"] for f in m["generation"]["fd"]):
         for what in ("samples", "samples_unguided", "test"):
             a, b = (rows.get((net, what, ref)) for ref in ("train", "test"))
-            lines.append(f"  {net:19} {label[what]:18} {a['value']:13.1f}  " + (f"{b['value']:13.1f}" if b else f"{'–':>13}"))
+            if a: lines.append(f"  {net:19} {label[what]:18} {a['value']:13.1f}  " + (f"{b['value']:13.1f}" if b else f"{'–':>13}"))
     taught = [f["network"] for f in m["generation"]["fd"] if "taught" in f["note"]]
     lines.append("")
     if "gini" in u: lines.append(f"uniformity of {u['n']} latent vectors: density CV {u['density_cv']:.3f}, Gini {u['gini']:.3f}, entropy {u['normalised_entropy']:.4f}")
@@ -410,3 +419,28 @@ def summary(
               "These distances are over the networks named, not FID: compare them only with each other, at the same n.",
               f"{taught[0]} taught the VF loss; judge by the other network." if taught else "No network here taught the tokenizer."]
     return "\n".join(lines)
+
+# %% ../../nbs/53_training.stages.ipynb #1475d03b
+_of_tokenizers = ("seed", "precision", "patience", "data.", "foundation.", "vf.", "tokenizer.", "tokenizer_training.")
+
+def adopt_tokenizer(
+    cfg:Config,     # Of the run that takes over
+    out:str|Path,   # Its folder
+    other:str|Path, # The folder of a run whose tokenizer and latents are done
+):
+    "Begin a run with the tokenizer and the latents of another; refused where the settings that decide them differ"
+    theirs = Path(other)
+    if changed := [k for k in differences(load_config(theirs/"config.yaml"), cfg) if k.startswith(_of_tokenizers) and not k.startswith(_free)]:
+        raise ConfigError(f"{theirs} cannot lend its tokenizer to a run of other settings: {', '.join(changed)}")
+    done = json.loads((theirs/"state.json").read_text()) if (theirs/"state.json").exists() else {}
+    if missing := [s for s in stages[:2] if s not in done]: raise CheckpointError(f"{theirs} has no {missing[0]} yet: run the stage '{missing[0]}' there first")
+    with RunLock(out):
+        run = Run(cfg, out)
+        if "latents" in run.state: return
+        for file in (theirs/"tokenizer.safetensors", *sorted((theirs/"latents").iterdir())):
+            to = run.out/file.relative_to(theirs)
+            to.parent.mkdir(exist_ok=True)
+            to.unlink(missing_ok=True)
+            try: os.link(file, to)
+            except OSError: shutil.copy(file, to)
+        for stage in stages[:2]: run.record(stage, **done[stage] | dict(taken_from=str(theirs)))
