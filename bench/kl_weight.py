@@ -1,0 +1,35 @@
+"""Which KL weight gives a tokenizer without VF loss the latent variance of one with it? For the control `kl` of `vavae_nb.ablations`.
+
+    python bench/kl_weight.py [--weights 1e-4 1e-3 1e-2] [--scale cpu] [--seed 0]
+
+Trains the tokenizer of row f4d32-none-b of Table 2 with each KL weight, and that with VF loss, and interpolates log(std) over log(weight).
+Tokenizers are those of `python -m vavae_nb.ablations`, in its folder: what is finished there is not done again. Writes results/kl-weight.json.
+"""
+import argparse, json
+import numpy as np, torch
+from vavae_nb.ablations import configuration, shared_tokenizer, tables
+from vavae_nb.config import override
+from vavae_nb.core import atomic_write
+from vavae_nb.generate import versions
+from vavae_nb.tokenizer.autoencoder import Autoencoder
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("--weights", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2], help="KL weights (default: 1e-4 1e-3 1e-2)")
+p.add_argument("--scale", default="cpu", help="scale of the runs (default: cpu)")
+p.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+p.add_argument("--runs", default="runs/ablations", help="folder of the runs (default: runs/ablations)")
+a = p.parse_args()
+commit = versions(torch.device("cpu"))["commit"] # Of the code that was loaded
+none, vf = (configuration(next(r for r in tables["controls"].rows if r.name == name), a.scale, a.seed) for name in ("f16d64-none-b", "f16d64-dinov2-b"))
+cases = {"vf": vf} | {f"{w:g}": override(none, {"tokenizer_training.kl_weight": w}) for w in [none.tokenizer_training.kl_weight, *a.weights]}
+std = {}
+for name,cfg in cases.items():
+    std[name] = Autoencoder.load(shared_tokenizer(cfg, a.scale, a.runs)/"tokenizer.safetensors").latent_std.square().mean().sqrt().item()
+    print(f"{name}: std of the latent {std[name]:.4f}", flush=True)
+weights = sorted(float(k) for k in std if k != "vf")
+y = np.log([std[f"{w:g}"] for w in weights])
+order = np.argsort(y) # np.interp wants it rising
+found = float(np.exp(np.interp(np.log(std["vf"]), y[order], np.log(weights)[order])))
+print(f"a KL weight of about {found:.2g} would give {std['vf']:.4f}")
+result = dict(command=f"python bench/kl_weight.py --scale {a.scale} --seed {a.seed} --weights {' '.join(f'{w:g}' for w in a.weights)}", std=std, interpolated=found) | versions(torch.device("cpu")) | dict(commit=commit)
+with atomic_write("results/kl-weight.json") as tmp: tmp.write_text(json.dumps(result, indent=1)+"\n")
