@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['tables', 'scales', 'networks', 'Row', 'Table', 'Scale', 'configuration', 'tokenizer_part', 'shared_tokenizer',
-           'run_row', 'result_path', 'result_of', 'read_result', 'other_settings', 'chosen_rows', 'run_rows', 'figures',
-           'paper_name', 'Filled', 'FilledTable', 'load_table', 'table_cells', 'render', 'estimates', 'main']
+           'run_folder', 'run_row', 'result_path', 'result_of', 'read_result', 'other_settings', 'chosen_rows',
+           'run_rows', 'figures', 'paper_name', 'add_judge', 'Filled', 'FilledTable', 'load_table', 'table_cells',
+           'render', 'estimates', 'main']
 
 # %% ../nbs/80_ablations.ipynb #5f34740b
 import fnmatch, json, os, shutil, signal, statistics, subprocess, sys, time, traceback, warnings
@@ -165,6 +166,15 @@ def shared_tokenizer(
     for stage in ("tokenizer", "latents"): run_stages(shared, out, stage, stop=stop)
     return out
 
+def run_folder(
+    row:Row,       # What
+    cfg:Config,    # Its configuration at the scale
+    scale:str,     # One of `scales`
+    runs:str|Path, # Where run folders are made
+)->Path:           # Named by what decides the run, too
+    "Where a row is run"
+    return Path(runs)/scale/f"{row.name_at(scale)}-{cfg.seed}-{_hash(_settings(cfg))}"
+
 def run_row(
     row:Row,           # What
     cfg:Config,        # Its configuration at the scale
@@ -174,7 +184,7 @@ def run_row(
 )->Path:               # The run folder, with all stages done
     "Do what is not done yet of a row"
     from vavae_nb.training.stages import adopt_tokenizer, run_stages
-    out = runs/scale/f"{row.name_at(scale)}-{cfg.seed}-{_hash(_settings(cfg))}"
+    out = run_folder(row, cfg, scale, runs)
     if not (out/"metrics.json").exists(): adopt_tokenizer(cfg, out, shared_tokenizer(cfg, scale, runs, stop))
     run_stages(cfg, out, stop=stop)
     return out
@@ -323,6 +333,36 @@ def paper_name(
 
 _higher = ("PSNR", "SSIM", "entropy")
 _digits = {"PSNR": 2, "LPIPS": 3, "SSIM": 3, "density CV": 3, "Gini": 3, "entropy": 4, "5-NN CV": 3, "latent std": 2}
+
+# %% ../nbs/80_ablations.ipynb #26a86387
+def add_judge(
+    network:str,              # One of `metrics.features.EXTRACTORS`
+    rows:Iterable[Row],       # Of which those that are done are judged
+    scale:str,                # One of `scales`
+    seeds:Iterable[int]=(0,), # The same
+    results:str|Path="results", # Where results are
+    runs:str|Path="runs/ablations", # Where the runs are, with their samples
+    data:str="",              # As for `configuration`
+    device:str="",            # The same
+)->int:                       # Results that were extended
+    "Measure the samples of finished rows over another network, too, and add it to their results"
+    from vavae_nb.generate import versions
+    from vavae_nb.metrics.features import EXTRACTORS
+    from vavae_nb.training.stages import Run, judge
+    if network not in EXTRACTORS: raise ConfigError(unknown_name("network", network, EXTRACTORS))
+    done = 0
+    for seed in seeds:
+        for row in rows:
+            path, cfg = result_path(results, row, scale, seed), configuration(row, scale, seed, data, device)
+            result, folder = read_result(path), run_folder(row, cfg, scale, runs)
+            if not result or result["status"] != "done" or f"FD {network}" in figures(result): continue
+            if not (folder/"samples_unguided.npz").exists(): print(f"{path.stem}: its samples are not in {folder}; draw them again with --force", file=sys.stderr); continue
+            run = Run(cfg, folder)
+            for m in judge(run, network)[0]: result["generation"]["fd"].append(m | dict(commit=versions(run.device)["commit"]))
+            _write(path, result)
+            done += 1
+            print(f"{path.stem}: FD over {networks.get(network, network)} {figures(result)[f'FD {network}']:.1f}", flush=True)
+    return done
 
 # %% ../nbs/80_ablations.ipynb #ed7cb31a
 @dataclass
@@ -526,6 +566,7 @@ def main(
     results:str="results", # Folder of the results, <table>/<scale>/<row>-<seed>.json in it
     runs:str="runs/ablations", # Folder of the runs
     force:bool=False, # Measure again what is there
+    judge:str=None, # Run nothing, but measure the samples of finished rows over this network, too: inception, alexnet or vgg16
     form:Param("How the table is printed at the end", choices=("markdown", "html", "latex", "none"))="markdown",
 ):
     "Run the rows of one of the paper's tables or figures and print it beside the paper's figures. Rows that are done are skipped, stopped ones go on, failed ones are tried again."
@@ -536,7 +577,9 @@ def main(
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
         from vavae_nb.checkpoints import StopSignals
         with StopSignals() as stop:
-            if jobs > 1: failed = _jobs(jobs, which, scale, range(seeds), results, runs)
+            failed = None
+            if judge: add_judge(judge, which, scale, range(seeds), results, runs, data or "", device or "")
+            elif jobs > 1: failed = _jobs(jobs, which, scale, range(seeds), results, runs)
             else: failed = run_rows(which, scale, range(seeds), results, runs, data or "", device or "", force, stop)
         if form != "none": print("\n"+render(load_table(table, scale, results), form))
-        if failed: raise VavaeError(f"{failed if jobs > 1 else len(failed)} rows failed; call the same command again to try them again" if jobs == 1 else "some rows failed: see the table and the logs")
+        if failed: raise VavaeError("some rows failed, as the table and their results say; call the same command again to try them again")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stages', 'Run', 'check_names', 'run_stages', 'run_tokenizer', 'reconstruct', 'run_latents', 'run_dit', 'run_sample',
-           'provenance', 'run_evaluate', 'summary', 'adopt_tokenizer']
+           'provenance', 'run_evaluate', 'judge', 'summary', 'adopt_tokenizer']
 
 # %% ../../nbs/53_training.stages.ipynb #782f667a
 import json, os, shutil, time, warnings
@@ -347,30 +347,37 @@ def _reconstruction(run):
     return {f["metric"]: f["value"] for f in measured.figures} | dict(n=len(test), images=f"{test.name} {test.fingerprint}", latent="mode of the posterior")
 
 # %% ../../nbs/53_training.stages.ipynb #b366714f
-def _generation(run):
-    e, s = run.cfg.evaluation, run.cfg.sampling
+def judge(
+    run:Run,  # With its samples drawn
+    name:str, # One of `metrics.features.EXTRACTORS`
+)->tuple[list[dict],dict[str,Tensor]]: # Fréchet distances of samples and of real test images; and the features of all
+    "How far a run's samples are from training and test images over one network"
+    cfg, e, s = run.cfg, run.cfg.evaluation, run.cfg.sampling
     refs = {"train": _subset(run.data[0], e.reference), "test": _subset(run.data[1], e.reference)}
-    drawn = {name: np.load(run.file(f"{name}.npz", "sample")) for name in _sets(run.cfg)}
+    drawn = {k: np.load(run.file(f"{k}.npz", "sample"))["arr_0"] for k in _sets(cfg)}
     how = {"samples": f"guidance {s.cfg_scale:g} in {list(s.cfg_interval)}", "samples_unguided": "no guidance"}
-    rows = []
-    for name in e.extractors:
-        ex = feature_extractor(name).to(run.device)
-        role = "taught the VF loss" if name == run.cfg.foundation.name else "took no part in training"
-        feats = {k: torch.as_tensor(extract_features(ex, v, e.batch_size)) for k,v in refs.items()}
-        feats |= {k: torch.as_tensor(extract_features(ex, d["arr_0"], e.batch_size)) for k,d in drawn.items()}
-        stats = {k: FeatureStats.of(f) for k,f in feats.items()}
-        for what,ref in [(w, r) for w in drawn for r in refs]+[("test", "train")]:
-            note = f"{how.get(what, 'real test images, the distance to beat')}; balanced labels; this network {role}"
-            m = fd(stats[what], stats[ref], ex.key, f"{refs[ref].name} {refs[ref].fingerprint}", note)
-            rows.append(dict(images=what, against=ref, network=name) | m.to_dict())
-    shown = next(iter(drawn)) # Guided, where there is guidance
+    ex, rows = feature_extractor(name).to(run.device), []
+    role = {"vgg16": "compares images in the perceptual loss", cfg.foundation.name: "taught the VF loss"}.get(name, "took no part in training")
+    feats = {k: torch.as_tensor(extract_features(ex, v, e.batch_size)) for k,v in (refs | drawn).items()}
+    stats = {k: FeatureStats.of(f) for k,f in feats.items()}
+    for what,ref in [(w, r) for w in drawn for r in refs]+[("test", "train")]:
+        note = f"{how.get(what, 'real test images, the distance to beat')}; balanced labels; this network {role}"
+        rows.append(dict(images=what, against=ref, network=name) | fd(stats[what], stats[ref], ex.key, f"{refs[ref].name} {refs[ref].fingerprint}", note).to_dict())
+    return rows, feats
+
+def _generation(run):
+    s, rows = run.cfg.sampling, []
+    for name in run.cfg.evaluation.extractors:
+        measured, feats = judge(run, name)
+        rows += measured
+    shown = next(iter(_sets(run.cfg))) # Guided, where there is guidance
+    images, train = np.load(run.out/f"{shown}.npz")["arr_0"], _subset(run.data[0], run.cfg.evaluation.reference)
     near, which = nearest_neighbours(feats[shown], feats["train"]) # Of the last network
     real, _ = nearest_neighbours(feats["test"], feats["train"])
     pick = np.arange(min(20, len(which)))
-    run.grid([drawn[shown]["arr_0"][pick], to_uint8(refs["train"].batch(which[pick, 0]))], ["sample", "nearest\ntraining image"],
-              run.out/"nearest.png", f"samples and their nearest training images over {name}")
+    run.grid([images[pick], to_uint8(train.batch(which[pick, 0]))], ["sample", "nearest\ntraining image"], run.out/"nearest.png", f"samples and their nearest training images over {name}")
     return dict(fd=rows, nearest=dict(network=name, median_of_samples=near.median().item(), median_of_test_images=real.median().item()),
-                sampling=dict(n=len(drawn[shown]["arr_0"]), labels="balanced", points=s.points, solver=s.solver, shift=s.shift, cfg_scale=s.cfg_scale,
+                sampling=dict(n=len(images), labels="balanced", points=s.points, solver=s.solver, shift=s.shift, cfg_scale=s.cfg_scale,
                               cfg_interval=list(s.cfg_interval), cfg_channels=s.cfg_channels or "all", weights="EMA"))
 
 # %% ../../nbs/53_training.stages.ipynb #99eaaf44
