@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['tables', 'scales', 'networks', 'Row', 'Table', 'Scale', 'configuration', 'tokenizer_part', 'shared_tokenizer',
-           'run_folder', 'run_row', 'result_path', 'result_of', 'read_result', 'other_settings', 'chosen_rows',
-           'run_rows', 'figures', 'paper_name', 'add_judge', 'Filled', 'FilledTable', 'load_table', 'table_cells',
-           'render', 'estimates', 'main']
+           'run_folder', 'run_row', 'result_path', 'result_of', 'read_result', 'other_settings', 'default_rows',
+           'chosen_rows', 'run_rows', 'figures', 'paper_name', 'add_judge', 'Filled', 'FilledTable', 'load_table',
+           'compare', 'inventory', 'table_cells', 'render', 'estimates', 'main']
 
 # %% ../nbs/80_ablations.ipynb #5f34740b
 import fnmatch, json, os, shutil, signal, statistics, subprocess, sys, time, traceback, warnings
@@ -48,6 +48,7 @@ class Table:
     refuted:str              # What would show the opposite
     rows:tuple[Row,...]
     columns:tuple[str,...]   # See `figures`; `FD` stands for the Fréchet distances over all networks
+    small:tuple[str,...]=()  # Patterns of the rows that run at 32×32, instead of the scale's
 
 # %% ../nbs/80_ablations.ipynb #1e06d01d
 _specs, _vfms = ("f16d16", "f16d32", "f16d64"), ("none", "mae", "dinov2")
@@ -85,7 +86,7 @@ tables = {
     "fig2": Table("Figure 2: the frontier", "with VF loss the frontier of reconstruction and generation moves", "points with VF loss on the old frontier", tuple(_table2[f"{s}-{v}-b"] for s in _specs for v in _vfms), ("PSNR", "FD")),
     "fig4a": Table("Figure 4a: convergence, f16d32", "with VF loss the same distance is reached in fewer steps", "curves that meet", _curve("fig4a", "f16d32"), ("FD",)),
     "fig4b": Table("Figure 4b: convergence, f16d64", "the same, with more channels", "curves that meet", _curve("fig4b", "f16d64"), ("FD",)),
-    "fig4c": Table("Figure 4c: size of LightningDiT", "larger models generate better, and the VF loss helps at each size", "a size at which it does not", _sizes, ("FD",)),
+    "fig4c": Table("Figure 4c: size of LightningDiT", "larger models generate better, and the VF loss helps at each size", "a size at which it does not", _sizes, ("FD",), small=("f4d16-none-*", "f4d16-lite0-*")),
     "controls": Table("Controls: is it the foundation model's knowledge?", "a gain that random weights, shuffled features, average colours or a KL weight do not give", "a control that gives the same gain",
                       (_table2["f16d64-none-b"], _table2["f16d64-dinov2-b"], *_controls), (*_rec, "FD", "5-NN CV", "latent std")),
 }
@@ -260,6 +261,13 @@ def other_settings(
     return {k: (then.get(k), v) for k,v in now.items() if k not in ("data.source", "recipe") and k in then and plain(v) != then[k]}
 
 # %% ../nbs/80_ablations.ipynb #2161dd43
+def default_rows(
+    table:str, # One of `tables`
+    scale:str, # One of `scales`
+)->tuple[str,...]:
+    "Patterns of the rows that a scale runs unless told otherwise"
+    return tables[table].small*(scales[scale].prefix == "cifar10") or scales[scale].rows
+
 def chosen_rows(
     table:str,                     # One of `tables`
     scale:str,                     # One of `scales`
@@ -269,7 +277,7 @@ def chosen_rows(
     for kind,name,known in (("table", table, tables), ("scale", scale, scales)):
         if name not in known: raise ConfigError(unknown_name(kind, name, known))
     rows = tables[table].rows
-    found = [r for r in rows if any(fnmatch.fnmatch(r.name_at(scale), p) for p in patterns or scales[scale].rows)]
+    found = [r for r in rows if any(fnmatch.fnmatch(r.name_at(scale), p) for p in patterns or default_rows(table, scale))]
     if not found: raise ConfigError(unknown_name(f"row of {table} at scale {scale}", " ".join(patterns or ()), [r.name_at(scale) for r in rows]))
     return found
 
@@ -413,7 +421,7 @@ def load_table(
     filled, failures = [], {(row.name, seed): r["error"] for row,seed,_,r in every if r["status"] == "failed"}
     for row in tables[table].rows:
         of, broken = kept.get(row.name, {}), {s: e for (n,s),e in failures.items() if n == row.name}
-        if not of and not broken and not any(fnmatch.fnmatch(row.name_at(scale), p) for p in scales[scale].rows): continue # Not of this scale
+        if not of and not broken and not any(fnmatch.fnmatch(row.name_at(scale), p) for p in default_rows(table, scale)): continue # Not of this scale
         values = {}
         for seed in sorted(of):
             for k,v in figures(of[seed]).items(): values.setdefault(k, []).append(v)
@@ -430,6 +438,31 @@ def load_table(
     nets = list(dict.fromkeys(k for f in filled for k in f.values if k.startswith("FD ")))
     columns = [c for column in tables[table].columns for c in (nets if column == "FD" else [column])]
     return FilledTable(table, scale, filled, columns, notes)
+
+# %% ../nbs/80_ablations.ipynb #453dfb7a
+def compare(
+    t:FilledTable, # As loaded
+    row:str,       # A row's name
+    against:str,   # Another's
+    column:str,    # Of `figures`
+)->dict[str,float]: # `difference` of the means over seeds, its `error` (NaN where a row has one seed), `n` and `m` seeds
+    "How far two rows are apart, with the standard error of that; Welch 1947, without a claim about its distribution"
+    a, b = (t[k].values.get(column, []) for k in (row, against))
+    if not a or not b: raise DataError(f"{t.name} at scale {t.scale} has no {column} of {row if not a else against} yet")
+    of = lambda v: statistics.variance(v)/len(v) if len(v) > 1 else float("nan")
+    return dict(difference=statistics.mean(a)-statistics.mean(b), error=(of(a)+of(b))**.5, n=len(a), m=len(b))
+
+def inventory(
+    scale:str="cpu",            # One of `scales`
+    results:str|Path="results", # The folder of all results
+)->str:
+    "What is there and what is missing, a line a table, as Markdown"
+    lines = ["| table | rows that are there (seeds) | missing |", "|---|---|---|"]
+    for name in tables:
+        t = load_table(name, scale, results)
+        there, missing = [f"`{f.name}` ({', '.join(map(str, f.seeds))})" for f in t.rows if f.seeds], [f"`{f.name}`" for f in t.rows if not f.seeds]
+        lines.append(f"| {name} | {', '.join(there) or '–'} | {', '.join(missing) or '–'} |")
+    return "\n".join(lines)
 
 # %% ../nbs/80_ablations.ipynb #a62593f0
 def _number(x, digits, against=None): # With the difference, signed
