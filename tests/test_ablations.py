@@ -248,6 +248,12 @@ def test_committed_results_are_whole(path):
     assert re.fullmatch("[0-9a-f]{40}", p["commit"]) and p["data"]["train"]["fingerprint"] and r["config"]["seed"] == r["seed"] and path.with_suffix(".webp").exists()
     assert all(f["extractor"] and f["reference"] and f["n"] for f in r["generation"]["fd"]) and "/work" not in path.read_text()
 
+def test_the_list_of_results_is_up_to_date():
+    sys.path.insert(0, str(ROOT/"tools"))
+    from inventory import listed
+    text = (ROOT/"results"/"README.md").read_text()
+    assert "<!-- inventory -->" in text and listed(text) == text, "run python tools/inventory.py"
+
 # The command, for real
 
 def cli(*args, cwd=None, **kw): return subprocess.run([sys.executable, "-m", "vavae_nb.ablations", *map(str, args)], capture_output=True, text=True, timeout=900, cwd=cwd, **kw)
