@@ -10,15 +10,13 @@ __all__ = ['tables', 'scales', 'networks', 'Row', 'Table', 'Scale', 'configurati
 
 # %% ../nbs/80_ablations.ipynb #5f34740b
 import fnmatch, json, os, shutil, signal, statistics, subprocess, sys, time, traceback, warnings
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Iterable
 from fastcore.script import Param, call_parse
 from .commands import dashes, user_errors
-from .config import Config, convert, differences, flat, override
+from .config import Config, differences, flat, override
 from .core import ConfigError, DataError, VavaeError, atomic_write, spoken, unknown_name
 from .recipes import cifar10_name, recipe, recipes, scaled_steps
 
@@ -339,7 +337,6 @@ def paper_name(
     "The paper's figure that a column of ours stands beside"
     return "gFID" if column.startswith("FD ") else column
 
-_higher = ("PSNR", "SSIM", "entropy")
 _digits = {"PSNR": 2, "LPIPS": 3, "SSIM": 3, "density CV": 3, "Gini": 3, "entropy": 4, "5-NN CV": 3, "latent std": 2}
 
 # %% ../nbs/80_ablations.ipynb #26a86387
@@ -395,49 +392,49 @@ class FilledTable:
     notes:list[str]
     def __getitem__(self, name:str)->Filled: return next(r for r in self.rows if name in (r.name, r.row.name))
 
+# %% ../nbs/80_ablations.ipynb #1a65b050
+def _belonging(table, scale, results): # Row's name → seed → result; (row's name, seed) → error; and notes on what was left out
+    every, kept, notes = [], {}, []
+    for row in tables[table].rows:
+        name = row.name_at(scale)
+        for path in sorted(result_path(results, row, scale, 0).parent.glob(f"{name}-*.json")):
+            if (seed := path.stem.removeprefix(name+"-")).isdigit(): every.append((row, int(seed), path, read_result(path)))
+    done = [(*o, json.dumps([d["fingerprint"] for d in o[3]["provenance"]["data"].values()])) for o in every if o[3]["status"] == "done"]
+    prints = [o[-1] for o in done]
+    usual = max(set(prints), key=prints.count, default="")
+    for row,seed,path,r,fingerprint in done:
+        data = r["provenance"]["data"]["train"]
+        if other := other_settings(r, configuration(row, scale, seed)): notes.append(f"left out: {path.name}, measured with "+", ".join(f"{k} {a} (now {b})" for k,(a,b) in other.items()))
+        elif fingerprint != usual: notes.append(f"left out: {path.name}, measured on other data ({data['name']}, {data['n']:,} images, {data['fingerprint']})")
+        else: kept.setdefault(row.name, {})[seed] = r
+    return kept, {(row.name, seed): r["error"] for row,seed,_,r in every if r["status"] == "failed"}, notes
+
+def _common(results): # What all results have in common, or not
+    notes, of = [], {"commits": lambda p: p["commit"][:7]+"+changes"*p["commit"].endswith("+changes"), "devices": lambda p: p["device"], "precisions": lambda p: p["precision"]}
+    for what,get in of.items():
+        found = [get(r["provenance"]) for r in results]
+        one = len(set(found)) == 1
+        notes.append((what[:-1] if one else what)+": "+", ".join(f if one else f"{f} ({found.count(f)})" for f in dict.fromkeys(found)))
+    d, g = results[0]["provenance"]["data"]["train"], results[0]["generation"]
+    return [*notes, f"data: {d['name']}, {d['n']:,} images of {d['size']}×{d['size']}; {g['sampling']['n']:,} samples without guidance, {g['sampling']['points']} points, against {g['fd'][0]['n_reference']:,} training images"]
+
 def load_table(
     table:str,                # One of `tables`
     scale:str,                # One of `scales`
     results:str|Path="results", # The folder of all results
 )->FilledTable:
     "Gather what has been measured of a table; results of other settings or data are left out and named, other commits are named"
-    if table not in tables: raise ConfigError(unknown_name("table", table, tables))
-    if scale not in scales: raise ConfigError(unknown_name("scale", scale, scales))
-    notes, every = [], []
+    of_scale = chosen_rows(table, scale)
+    (kept, broken, notes), filled = _belonging(table, scale, results), []
     for row in tables[table].rows:
-        name = row.name_at(scale)
-        for path in sorted(result_path(results, row, scale, 0).parent.glob(f"{name}-*.json")):
-            seed = path.stem.removeprefix(name+"-")
-            if seed.isdigit(): every.append((row, int(seed), path, read_result(path)))
-    good = [(row, seed, path, r) for row,seed,path,r in every if r["status"] == "done"]
-    prints = [json.dumps([d["fingerprint"] for d in r["provenance"]["data"].values()]) for *_,r in good]
-    usual = max(set(prints), key=prints.count, default="")
-    kept = {}
-    for (row,seed,path,r),fingerprint in zip(good, prints):
-        data = r["provenance"]["data"]["train"]
-        if other := other_settings(r, configuration(row, scale, seed)): notes.append(f"left out: {path.name}, measured with "+", ".join(f"{k} {a} (now {b})" for k,(a,b) in other.items()))
-        elif fingerprint != usual: notes.append(f"left out: {path.name}, measured on other data ({data['name']}, {data['n']:,} images, {data['fingerprint']})")
-        else: kept.setdefault(row.name, {})[seed] = r
-    filled, failures = [], {(row.name, seed): r["error"] for row,seed,_,r in every if r["status"] == "failed"}
-    for row in tables[table].rows:
-        of, broken = kept.get(row.name, {}), {s: e for (n,s),e in failures.items() if n == row.name}
-        if not of and not broken and not any(fnmatch.fnmatch(row.name_at(scale), p) for p in default_rows(table, scale)): continue # Not of this scale
-        values = {}
-        for seed in sorted(of):
-            for k,v in figures(of[seed]).items(): values.setdefault(k, []).append(v)
-        problem = "; ".join(f"seed {s} failed: {e}" for s,e in broken.items()) or ("" if of else "not measured")
-        filled.append(Filled(row, row.name_at(scale), values, sorted(of), next((r["about"] for r in of.values()), ""), problem))
-    results_ = [r for of in kept.values() for r in of.values()]
-    for what,get in (("commits", lambda p: p["commit"][:7]+"+changes"*p["commit"].endswith("+changes")), ("devices", lambda p: p["device"]), ("precisions", lambda p: p["precision"])):
-        found = [get(r["provenance"]) for r in results_]
-        if found: notes.append((what if len(set(found)) > 1 else what[:-1])+": "+", ".join(f"{f} ({found.count(f)})" if len(set(found)) > 1 else f for f in dict.fromkeys(found)))
-    if results_:
-        r = results_[0]
-        d, s = r["provenance"]["data"]["train"], r["generation"]["sampling"]
-        notes.append(f"data: {d['name']}, {d['n']:,} images of {d['size']}×{d['size']}; {s['n']:,} samples without guidance, {s['points']} points, against {r['generation']['fd'][0]['n_reference'] if 'n_reference' in r['generation']['fd'][0] else 'the'} training images")
+        of, errors = kept.get(row.name, {}), [f"seed {s} failed: {e}" for (n,s),e in broken.items() if n == row.name]
+        if not of and not errors and row not in of_scale: continue # Not of this scale
+        seeds = sorted(of)
+        values = {k: [figures(of[s])[k] for s in seeds if k in figures(of[s])] for k in dict.fromkeys(k for s in seeds for k in figures(of[s]))}
+        filled.append(Filled(row, row.name_at(scale), values, seeds, of[seeds[0]]["about"] if seeds else "", "; ".join(errors) or ("" if of else "not measured")))
+    if measured := [r for of in kept.values() for r in of.values()]: notes += _common(measured)
     nets = list(dict.fromkeys(k for f in filled for k in f.values if k.startswith("FD ")))
-    columns = [c for column in tables[table].columns for c in (nets if column == "FD" else [column])]
-    return FilledTable(table, scale, filled, columns, notes)
+    return FilledTable(table, scale, filled, [c for column in tables[table].columns for c in (nets if column == "FD" else [column])], notes)
 
 # %% ../nbs/80_ablations.ipynb #453dfb7a
 def compare(

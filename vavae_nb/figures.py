@@ -7,16 +7,15 @@ __all__ = ['judges', 'plot_dilemma', 'plot_frontier', 'plot_convergence', 'plot_
            'plot_predictors', 'architecture_shapes', 'draw_architecture', 'plot_samples', 'plot_tsne', 'table3']
 
 # %% ../nbs/81_figures.ipynb #dd7cdee9
-import json
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Iterable
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 from scipy.stats import spearmanr
-from .ablations import FilledTable, figures, load_table, networks, read_result, result_path, scales, tables
+from .ablations import FilledTable, chosen_rows, figures, load_table, networks, read_result, result_path, scales, tables
 from .config import Config
 from .core import DataError
 from .metrics.uniformity import kde_at_points, plot_density
@@ -164,12 +163,12 @@ def plot_steps(
 def every_tokenizer(
     scale:str,        # One of `scales`
     results:str|Path="results", # The folder of all results
-)->dict[str,dict]:    # Row's name and seed → its figures; of the runs with LightningDiT's full length
-    "What was measured of every tokenizer that a LightningDiT was trained on, of Table 2, Table 5 and the controls"
+)->dict[str,dict]:    # Row's name and seed → its figures
+    "What was measured of every tokenizer of Table 2, Table 5 and the controls, each with a LightningDiT of one size and length"
     out = {}
     for name in ("table2", "table5", "controls"):
         t = load_table(name, scale, results)
-        for f in t.rows:
+        for f in (f for f in t.rows if f.row in chosen_rows(name, scale)):
             for i,seed in enumerate(f.seeds): out[f"{f.name}-{seed}"] = dict(vfm=_vfm(f.row), control=f.row.suffix, dim=_dim(f, t)) | {k: v[i] for k,v in f.values.items()}
     return out
 
