@@ -9,8 +9,8 @@ __all__ = ['actions', 'reconstruction', 'generation', 'latents', 'compare', 'mai
 from argparse import REMAINDER
 from contextlib import contextmanager
 from pathlib import Path
-from fastcore.script import Param, anno_parser, call_parse
-from .commands import dashes, process, user_errors
+from fastcore.script import Param
+from .commands import command, parser, process, sections, user_errors
 from .core import WeightsError
 
 # %% ../nbs/63_evaluate.ipynb #b3531da2
@@ -43,17 +43,19 @@ def _report(e, out, source):
     print(f"\nall of it, figure by figure: {path}")
 
 # %% ../nbs/63_evaluate.ipynb #aa793d8e
+@sections("python -m vavae_nb.evaluate reconstruction --tokenizer runs/tiny --errors 20",
+          tokenizer="what to compare", extractor="how to measure", batch_size="how it runs", out="what it leaves")
 def reconstruction(
     tokenizer:Param("Run folder, our .safetensors, a published .pt, or a folder of diffusers", required=True)=None,
     data:str="embedded:test", # Folder that holds one folder of images a class; or embedded:test, embedded:train
     size:int=0, # Side of the images, pixels: centre-cropped and scaled (default: the tokenizer's)
     n:int=0, # Images at most, evenly over the classes; 0: all
-    extractor:Param("Networks of the Fréchet distance, one or several; inception's alone is called rFID (default: inception)", nargs="+")=None,
-    lpips:Param("Network of LPIPS", choices=("vgg16", "alexnet", "none"))="vgg16",
     latent:Param("What of the posterior is decoded", choices=("mode", "sample"))="mode",
-    errors:int=0, # Random halves for the error bar of the Fréchet distance, 20 are enough; 0: none
-    resize:str=None, # Another filter of the extractors: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
+    extractor:Param("Networks of the Fréchet distance, one or several; inception's alone is called rFID (default: inception)", nargs="+")=None,
+    resize:str=None, # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
     weights:str=None, # File of inception's weights, or torch-fidelity for its download (default: what is there)
+    lpips:Param("Network of LPIPS", choices=("vgg16", "alexnet", "none"))="vgg16",
+    errors:int=0, # Random halves for the error bar of the Fréchet distance, 20 are enough; 0: none
     seed:int=0, # Of samples of the posterior, and of the halves
     batch_size:int=64, # Images at a time
     device:str="auto", # auto, cpu, cuda, cuda:N or mps
@@ -75,20 +77,22 @@ def reconstruction(
             _report(evaluate_reconstruction(tok, images, ex, lpips=lpips, latent=latent, repeats=errors, seed=seed, batch_size=batch_size, precision=precision), out, tokenizer)
 
 # %% ../nbs/63_evaluate.ipynb #7ee1240a
+@sections("python -m vavae_nb.evaluate generation --samples runs/tiny/samples --reference embedded:train",
+          samples="what to compare", extractor="how to measure", batch_size="how it runs", out="what it leaves")
 def generation(
     samples:Param("Folder of vavae_nb.sample, run folder, folder of images, or an .npz", required=True)=None,
     reference:Param("Folder of images, an .npz of images or of stored statistics (ADM's), embedded:train, embedded:test, or a run folder", required=True)=None,
     size:int=0, # Centre-crop the reference, a folder of class folders, to this side; 0: as it is
+    label_sampling:str=None, # How labels were sampled (random, balanced), where the samples do not say (default: unknown)
     extractor:Param("Networks, one or several; inception's distance alone is called FID (default: inception)", nargs="+")=None,
-    metrics:Param("What to measure; one that cannot be measured is then an error (default: all that can be)", choices=("fd", "sfid", "kid", "precision_recall", "inception_score"), nargs="+")=None,
+    resize:str=None, # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
+    weights:str=None, # File of inception's weights, or torch-fidelity for its download (default: what is there)
+    metrics:Param("What to measure, of fd, sfid, kid, precision_recall, inception_score; one that cannot be measured is then an error (default: all that can be)", choices=("fd", "sfid", "kid", "precision_recall", "inception_score"), nargs="+")=None,
     infinity:bool=False, # Also extrapolate the Fréchet distance to infinitely many samples
     per_class:bool=False, # Also the Fréchet distance of each class
     errors:int=0, # Random halves for the error bars of Fréchet distances, 20 are enough; 0: none
     splits:Param("Of the inception score: consecutive ones of 5,000, or ten shuffled", choices=("adm", "torch-fidelity"))="adm",
     k:int=3, # Neighbours of precision and recall
-    label_sampling:str=None, # How labels were sampled (random, balanced), where the samples do not say
-    resize:str=None, # Another filter of the extractors: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
-    weights:str=None, # File of inception's weights, or torch-fidelity for its download (default: what is there)
     seed:int=0, # Of the halves
     batch_size:int=64, # Images at a time
     device:str="auto", # auto, cpu, cuda, cuda:N or mps
@@ -103,13 +107,15 @@ def generation(
                                         label_sampling=label_sampling or "", seed=seed, batch_size=batch_size), out, samples)
 
 # %% ../nbs/63_evaluate.ipynb #6c9abd6e
+@sections("python -m vavae_nb.evaluate latents --shards runs/tiny/latents --quick",
+          shards="what to measure", quick="t-SNE", out="what it leaves")
 def latents(
     shards:Param("Folder of latent shards, of vavae_nb.extract or a run", required=True)=None,
+    seed:int=0, # Of the choice of vectors, and of the first t-SNE
     quick:bool=False, # One t-SNE of 2,000 vectors, instead of ten of 10,000 as published
     n:int=None, # Vectors of a t-SNE, one an image (default: 10,000, or all if there are fewer)
-    runs:int=None, # How many (default: 10)
+    runs:int=None, # How many t-SNEs (default: 10)
     perplexity:float=30., # Of t-SNE
-    seed:int=0, # Of the choice of vectors, and of the first t-SNE
     out:str=None, # The JSON (default: evaluation-latents.json among the shards)
 ):
     "Uniformity of a latent space as in the paper's Table 6, with a companion that needs no t-SNE, effective rank and high frequencies."
@@ -118,6 +124,7 @@ def latents(
         n, runs = (2000 if quick else 10_000) if n is None else n, (1 if quick else 10) if runs is None else runs
         _report(evaluate_latents(shards, n=n, runs=runs, perplexity=perplexity, seed=seed), out, shards)
 
+@sections("python -m vavae_nb.evaluate compare a.json b.json", a="what to compare")
 def compare(
     a:str, # JSON of an evaluation
     b:str, # Another one
@@ -130,13 +137,13 @@ def compare(
 # %% ../nbs/63_evaluate.ipynb #eabd50ba
 actions = dict(reconstruction=reconstruction, generation=generation, latents=latents, compare=compare)
 
-@call_parse
-@dashes
+@command
+@sections("python -m vavae_nb.evaluate generation --help", action="what to do")
 def main(
-    action:Param("What to evaluate: a tokenizer's reconstruction, samples (generation), a latent space (latents); or compare two evaluations", choices=("reconstruction", "generation", "latents", "compare")),
-    options:Param("Of the action: python -m vavae_nb.evaluate ACTION --help lists them", nargs=REMAINDER),
+    action:Param("reconstruction (of a tokenizer), generation (samples), latents (their space), or compare (two evaluations)", choices=("reconstruction", "generation", "latents", "compare")),
+    options:Param("Those of the action, which its own --help lists", nargs=REMAINDER),
 ):
-    "Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize, label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes, which share the passes of the networks. Options may be written with dashes (--batch-size)."
-    given = vars(anno_parser(actions[action], prog=f"python -m vavae_nb.evaluate {action}").parse_args(options))
+    "Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize, label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes, which share the passes of the networks."
+    given = vars(parser(actions[action], f"python -m vavae_nb.evaluate {action}").parse_args(options))
     if action in ("latents", "compare") and process(None, None, "cpu")[0]: return # Work for one process
-    actions[action](**{k: v for k,v in given.items() if k not in ("pdb", "xtra")})
+    actions[action](**given)

@@ -7,8 +7,8 @@ __all__ = ['main']
 
 # %% ../nbs/61_extract.ipynb #ef95ca96
 from pathlib import Path
-from fastcore.script import Param, call_parse
-from .commands import dashes, process, user_errors
+from fastcore.script import Param
+from .commands import command, process, sections, user_errors
 from .core import ConfigError
 
 # %% ../nbs/61_extract.ipynb #ce3e5f06
@@ -47,27 +47,28 @@ def _extract(tokenizer, data, out, size, batch_size, per_shard, stats_n, latent_
     _record(tok, given, out, stats_n, seed, new_stats, latent_stats is None)
 
 # %% ../nbs/61_extract.ipynb #45bb37ac
-@call_parse
-@dashes
+@command
+@sections("python -m vavae_nb.extract --tokenizer runs/tiny --data ~/imagenet/train --out latents/train",
+          tokenizer="what to encode", out="what it leaves", stats_n="statistics of the latents", batch_size="how it runs", rank="several processes")
 def main(
     tokenizer:Param("Run folder, our .safetensors, a published .pt, or a folder of diffusers", required=True)=None,
-    data:str="embedded", # Folder that holds one folder of images a class (or train/ and val/ with these inside: train is taken); default: the embedded CIFAR-10 images
-    out:Param("Folder of the shards", required=True)=None,
+    data:str="embedded", # Folder that holds one folder of images a class (or train/ and val/ with these inside: train is taken) (default: the embedded CIFAR-10 images)
     size:int=0, # Side of the images, pixels: centre-cropped and scaled (default: the tokenizer's)
-    batch_size:int=100, # Images at a time
+    seed:int=0, # Of the posterior's noise and of the statistics' sample
+    out:Param("Folder of the shards", required=True)=None,
     per_shard:int=10000, # Images a shard, at most
-    stats_n:int=10000, # Latents that the statistics are taken from, chosen by the seed; 0: all
-    latent_stats:str=None, # A latents_stats.pt to be used instead, for a tokenizer that carries none (a published one)
+    stats_n:int=10000, # Latents that the statistics are taken from, chosen by the seed; 0: all of them
+    latent_stats:str=None, # A latents_stats.pt to be used instead, for a tokenizer that carries none (a published one) (default: none)
     new_stats:bool=False, # Take statistics anew although the tokenizer has some; models trained with those no longer fit it
     stats_only:bool=False, # Extract nothing, take the statistics of the shards in --out
-    seed:int=0, # Of the posterior's noise and of the statistics' sample
-    rank:int=None, # Number of this process, from 0 (default: $RANK, or 0)
-    world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
+    batch_size:int=100, # Images at a time
     workers:int=0, # Threads that decode images (default: one a core)
     device:str="auto", # auto, cpu, cuda, cuda:N or mps
     precision:str="auto", # auto (bf16 where the device has it), fp32 or bf16
+    rank:int=None, # Number of this process, from 0 (default: $RANK, or 0)
+    world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
 ):
-    "Encode a folder of images, and their mirror images, into latent shards of the published layout, and take the latents' statistics. A stopped call goes on where it was: whole shards are kept. Images that cannot be decoded are named and left out. Options may be written with dashes (--batch-size)."
+    "Encode a folder of images, and their mirror images, into latent shards of the published layout, and take the latents' statistics. A stopped call goes on where it was: whole shards are kept. Images that cannot be decoded are named and left out."
     with user_errors("call the same command again: whole shards are kept"):
         rank, world_size, device = process(rank, world_size, device)
         _extract(tokenizer, data, Path(out), size, batch_size, per_shard, stats_n, latent_stats, new_stats, stats_only, seed, rank, world_size, workers, device, precision)

@@ -9,9 +9,9 @@ __all__ = ['configuration', 'checkpoints', 'main']
 import sys
 from pathlib import Path
 from typing import Any
-from fastcore.script import Param, call_parse
+from fastcore.script import Param
 from .config import Config, load_config, override, sampling_presets
-from .commands import dashes, process, given_settings, user_errors
+from .commands import command, given_settings, process, sections, user_errors
 from .core import CheckpointError, ConfigError, unknown_name
 
 # %% ../nbs/62_sample.ipynb #a452668a
@@ -67,35 +67,36 @@ def _sample(cfg, dit, tokenizer, weights, latent_stats, classes, batch_size, chu
     return samples, finish(samples, wanted, files=dict(dit=str(dit), tokenizer=str(tokenizer)), notes=notes, command=sys.argv[1:])
 
 # %% ../nbs/62_sample.ipynb #3ed1bcf8
-@call_parse
-@dashes
+@command
+@sections("python -m vavae_nb.sample --run runs/tiny --classes 3,7,horse -n 64 --cfg-scale 2 --out horses",
+          run="models", classes="images", preset="solver and guidance", out="what it leaves", batch_size="how it runs", rank="several processes")
 def main(
-    run:str=None, # Run folder of vavae_nb.train, with its LightningDiT, tokenizer and settings
-    dit:str=None, # LightningDiT instead of the run's: a .safetensors of ours, or a published .pt
-    tokenizer:str=None, # Tokenizer instead of the run's: a .safetensors of ours, a published .pt, or a folder of diffusers
-    latent_stats:str=None, # A latents_stats.pt, for a tokenizer that carries no statistics (a published one)
+    run:str=None, # Run folder of vavae_nb.train, with its LightningDiT, tokenizer and settings (default: none; then give --dit and --tokenizer)
+    dit:str=None, # LightningDiT: a .safetensors of ours, or a published .pt (default: the run's)
+    tokenizer:str=None, # Tokenizer: a .safetensors of ours, a published .pt, or a folder of diffusers (default: the run's)
+    latent_stats:str=None, # A latents_stats.pt, for a tokenizer that carries no statistics (a published one) (default: none)
     weights:Param("Averaged weights, or those that were trained", choices=("ema", "model"))="ema",
     classes:str="balanced", # balanced (all in turn), random (seeded), or indices and names with commas between: 3,7,horse
-    n:int=None, # Images, also -n (default: the run's)
+    n:int=None, # Images (default: the run's)
     seed:int=None, # With an image's index it gives its noise (default: the run's)
-    preset:str=None, # Settings by name: paper-800ep, paper-64ep, all-channels, unguided
-    solver:str=None, # euler, heun, midpoint, rk4, dopri5 or sde; ddpm or ddim for a model of the DDPM objective
-    points:int=None, # Time points, one more than the steps
-    shift:float=None, # Of the times; below 1: more steps near the noise
-    cfg_scale:float=None, # Guidance; 1: none
-    cfg_interval:str=None, # Times at which guidance is on, such as 0.125,1
-    cfg_channels:int=None, # Guide the first n channels only; 0: all
-    set:Param("Any other setting by its path, such as dit_training.path=gvp", nargs="+", action="append")=None,
+    preset:str=None, # Settings by name: paper-800ep, paper-64ep, all-channels, unguided (default: none)
+    solver:str=None, # euler, heun, midpoint, rk4, dopri5 or sde; ddpm or ddim for a model of the DDPM objective (default: the run's)
+    points:int=None, # Time points of the solver, one more than its steps (default: the run's)
+    shift:float=None, # Of the times; below 1: more steps near the noise (default: the run's)
+    cfg_scale:float=None, # Guidance; 1: none (default: the run's)
+    cfg_interval:str=None, # Times at which guidance is on, such as 0.125,1 (default: the run's)
+    cfg_channels:int=None, # Guide the first n channels only; 0: all (default: the run's)
+    set:Param("Any other setting by its path, such as dit_training.path=gvp (default: the run's)", nargs="+", action="append")=None,
+    out:str=None, # Folder of the samples (default: RUN/samples)
+    format:Param("What to make of them: a picture (grid), PNG files (folder), an .npz as ADM's evaluator reads it (npz); one or several (default: grid npz)", choices=("grid", "folder", "npz"), nargs="+")=None,
     batch_size:int=100, # Images at a time, at most
     chunk:int=500, # Images of a chunk: what a stopped call loses at most, and what processes share out
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: the run's)
     precision:str=None, # auto (bf16 where the device has it), fp32 or bf16 (default: the run's)
-    out:str=None, # Folder of the samples (default: RUN/samples)
-    format:Param("What to make of them: a picture (grid), PNG files (folder), an .npz as ADM's evaluator reads it (npz); one or several (default: grid npz)", choices=("grid", "folder", "npz"), nargs="+")=None,
     rank:int=None, # Number of this process, from 0 (default: $RANK, or 0)
     world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
 ):
-    "Draw images of chosen classes from a trained LightningDiT. An image is decided by seed, index, label and settings: not by the batch size or the number of processes. A stopped or repeated call does what is missing. Options may be written with dashes (--cfg-scale)."
+    "Draw images of chosen classes from a trained LightningDiT. An image is decided by seed, index, label and settings: not by the batch size or the number of processes. A stopped or repeated call does what is missing."
     with user_errors("call the same command again: finished chunks are kept"):
         options = {"sampling.n": n, "seed": seed, "sampling.solver": solver, "sampling.points": points, "sampling.shift": shift, "sampling.cfg_scale": cfg_scale,
                    "sampling.cfg_interval": cfg_interval, "sampling.cfg_channels": cfg_channels, "device": device, "precision": precision}

@@ -9,8 +9,8 @@ __all__ = ['configuration', 'main']
 import os, sys, warnings
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from fastcore.script import Param, call_parse
-from .commands import dashes, given_settings, process, user_errors
+from fastcore.script import Param
+from .commands import command, given_settings, process, sections, user_errors
 from .config import Config, load_config, override
 from .core import ConfigError
 from .recipes import recipe as get_recipe
@@ -38,23 +38,24 @@ def _of_length(cfg, steps): # Both trainings
     return scaled_steps(cfg, steps/max(cfg.tokenizer_training.steps, 1), steps/cfg.dit_training.steps)
 
 # %% ../nbs/60_train.ipynb #ef988b50
-@call_parse
-@dashes
+@command
+@sections("python -m vavae_nb.train --data ~/photos --vf none --set dit.depth=8 --dry-run",
+          recipe="what to train", steps="how far", out="where")
 def main(
     recipe:str="tiny", # A recipe's name, `list` to see them all, or the path of a config.yaml
     data:str=None, # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
-    out:str=None, # Run folder (default: runs/<recipe and what was changed>)
-    stage:Param("Do one stage only", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
+    vf:str=None, # Foundation model that the latent is aligned with: a timm name, dinov2, mae, sam, clip, or none (default: the recipe's)
+    seed:int=None, # Of everything random (default: the recipe's, 0)
+    set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; config.yaml of a run has all (default: as the recipe says)", nargs="+", action="append")=None,
+    steps:int=None, # Optimiser steps of each training, to shorten or lengthen both (default: the recipe's)
+    stage:Param("Do one stage only, or all", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
     resume:bool=False, # Go on with what the run folder holds, and end if it holds nothing. Without it, a call goes on where it can and begins where it cannot
     force:bool=False, # Do stages again that are done or begun, and what depends on them
     dry_run:bool=False, # Print all settings, and the parameters, operations, memory and time they take; do nothing
-    seed:int=None, # Seed of everything random (default: the recipe's, 0)
-    steps:int=None, # Steps of both trainings, to shorten or lengthen them (default: the recipe's)
-    vf:str=None, # Foundation model that the latent is aligned with: a timm name, dinov2, mae, sam, clip, or none (default: the recipe's)
+    out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
-    set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; see config.yaml of a run for all", nargs="+", action="append")=None,
 ):
-    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs. Options may be written with dashes (--dry-run)."
+    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, about 10 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs."
     with user_errors("call the same command again: it goes on from here"):
         if recipe == "list":
             from vavae_nb.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
