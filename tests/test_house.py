@@ -4,27 +4,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT/"tools"))
+from rooms import imports, numbers, source
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
 PURE = ["processes", "checkpoints", "tokenizer.adversarial", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
         "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "metrics.latents", "evaluation", "latents"]
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-
-def numbers():
-    "module → its notebook's number"
-    out = {}
-    for p in NOTEBOOKS:
-        m = re.search(r"#\|\s*default_exp\s+(\S+)", p.read_text(encoding="utf-8").replace('\\n', '\n').replace('"', ' '))
-        if m: out[m[1]] = int(p.name[:2])
-    return out
-
-def imports(path):
-    "The modules of vavae_nb that a file imports, wherever in it"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = path.relative_to(ROOT/"vavae_nb").parent.parts
-            yield ".".join([*base[:len(base)-node.level+1], *((node.module or "").split("."))])
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vavae_nb."): yield node.module.removeprefix("vavae_nb.")
 
 def test_export_is_in_sync(tmp_path):
     for name in ("nbs", "vavae_nb", "settings.ini", "setup.py", "_quarto.yml"):
@@ -47,14 +33,14 @@ def test_imports_point_downwards():
     number, wrong = numbers(), []
     assert len(number) > 15
     for module,n in number.items():
-        for other in imports(ROOT/"vavae_nb"/(module.replace(".", "/")+".py")):
+        for other in imports(source(module).read_text(encoding="utf-8"), module):
             if other not in number or number[other] >= n or {module.split(".")[0], other.split(".")[0]} == {"dit", "flow"}: wrong.append(f"{module} ({n}) imports {other} ({number.get(other)})")
     assert wrong == []
 
 def test_only_training_knows_fastai():
     number = numbers()
     names = lambda t: {a.name.split(".")[0] for n in ast.walk(t) if isinstance(n, ast.Import) for a in n.names} | {(n.module or "").split(".")[0] for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and not n.level}
-    uses = {m for m in number if "fastai" in names(ast.parse((ROOT/"vavae_nb"/(m.replace(".", "/")+".py")).read_text(encoding="utf-8")))}
+    uses = {m for m in number if "fastai" in names(ast.parse(source(m).read_text(encoding="utf-8")))}
     assert uses and all(number[m] >= 50 for m in uses)
 
 def test_pure_modules_stay_light():
