@@ -1,12 +1,33 @@
-"""Stage the site's pages in _proc/ as nbdev does, without Quarto.
+"""Stage the site's pages in _proc/ as nbdev does, and render them into _docs/ where asked to and Quarto is on the PATH.
 
-    python tools/stage.py
+    python tools/stage.py [--render]
 
 nbdev's own command, where Quarto is missing, tries to install it as root and then installs this package with pip into whichever Python
-comes first on the PATH. A test must do neither.
+comes first on the PATH; where Quarto is there, it writes over README.md.
 """
+import re, shutil, subprocess, sys
 from nbdev import quarto
 
-if __name__ == "__main__":
+def mend(text, cfg):
+    "Links between pages relative, links to other files of the repository on GitHub, and none within code"
+    text = text.replace(f"{cfg.doc_host}{cfg.doc_baseurl}/", "")
+    text = re.sub(r"\]\(\.\./([^)]+)\)", rf"]({cfg.git_url}/blob/{cfg.branch}/\1)", text)
+    return re.sub(r"```python\\n.*?```", lambda code: re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]), text, flags=re.S)
+
+def stage():
+    "Stage what has changed; the folder of staged pages, and the project's settings"
     quarto._ensure_quarto = lambda: None
-    quarto._pre_docs()
+    cache, cfg, nbs = quarto._pre_docs()
+    for p in cache.glob("*.ipynb"):
+        if not (nbs/p.name).exists(): p.unlink()
+        elif (new := mend(old := p.read_text(encoding="utf-8"), cfg)) != old: p.write_text(new, encoding="utf-8")
+    return cache, cfg
+
+if __name__ == "__main__":
+    cache, cfg = stage()
+    if "--render" in sys.argv[1:]:
+        if not shutil.which("quarto"): sys.exit("The pages are staged in _proc/, but not rendered: Quarto is not on the PATH. Get it from https://quarto.org/docs/get-started,\n"
+                                                "or give `make docs QUARTO=pip`: PyPI's quarto-cli, which downloads Quarto and so needs the open web.")
+        subprocess.run(["quarto", "render", "--no-execute"], cwd=cache, check=True)
+        shutil.rmtree(cfg.doc_path, ignore_errors=True)
+        shutil.move(cache/cfg.doc_path.name, cfg.doc_path)
