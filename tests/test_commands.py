@@ -2,10 +2,10 @@
 import re, shlex, subprocess, sys
 import pytest
 from argparse import SUPPRESS
-from vavae_nb import evaluate, extract, sample, train
+from vavae_nb import ablations, evaluate, extract, sample, train
 from vavae_nb.commands import parser
 
-COMMANDS = {f"vavae_nb.{m.__name__.split('.')[-1]}": m.main for m in (train, extract, sample, evaluate)}
+COMMANDS = {f"vavae_nb.{m.__name__.split('.')[-1]}": m.main for m in (train, extract, sample, evaluate, ablations)}
 COMMANDS |= {f"vavae_nb.evaluate {k}": f for k,f in evaluate.actions.items()}
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Iterable
-from fastcore.script import Param, call_parse
-from .commands import dashes, user_errors
+from fastcore.script import Param
+from .commands import command, sections, user_errors
 from .config import Config, differences, flat, override
 from .core import ConfigError, DataError, VavaeError, atomic_write, spoken, unknown_name
 from .recipes import cifar10_name, recipe, recipes, scaled_steps
@@ -582,21 +582,22 @@ def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, sid
         for f in files: f.close()
 
 # %% ../nbs/80_ablations.ipynb #8e95ac36
-@call_parse
-@dashes
+@command
+@sections("python -m vavae_nb.ablations fig4a --scale cpu --seeds 3 --dry-run",
+          table="what to run", jobs="how it runs", data="where", judge="what is measured and shown")
 def main(
     table:str, # table1, table2, table4, table5, table6, fig1, fig2, fig4a, fig4b, fig4c or controls
     scale:Param("How large: smoke (seconds a row; its numbers mean nothing), cpu (about ten minutes a row on one core), gpu (all of CIFAR-10, minutes a row), paper (ImageNet, as published)", choices=("smoke", "cpu", "gpu", "paper"))="cpu",
     rows:Param("Rows to run, by their names at the scale; * and ? stand for anything (default: those that need no download)", nargs="+")=None,
     seeds:int=1, # Seeds 0 … N−1 of each row
-    dry_run:bool=False, # Print what will run, what is already there and how long it takes; do nothing
     jobs:int=1, # Rows at a time, each on its share of the CPU's cores
-    data:str=None, # Folder of class folders (default: the scale's; gpu and paper leave it to you)
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
+    force:bool=False, # Measure again what is there
+    dry_run:bool=False, # Print what will run, what is already there and how long it takes; do nothing
+    data:str=None, # Folder of class folders (default: the scale's; gpu and paper leave it to you)
     results:str="results", # Folder of the results, <table>/<scale>/<row>-<seed>.json in it
     runs:str="runs/ablations", # Folder of the runs
-    force:bool=False, # Measure again what is there
-    judge:str=None, # Run nothing, but measure the samples of finished rows over this network, too: inception, alexnet or vgg16
+    judge:str=None, # Run nothing, but measure the samples of finished rows over this network, too: inception, alexnet or vgg16 (default: none)
     form:Param("How the table is printed at the end", choices=("markdown", "html", "latex", "none"))="markdown",
 ):
     "Run the rows of one of the paper's tables or figures and print it beside the paper's figures. Rows that are done are skipped, stopped ones go on, failed ones are tried again."
