@@ -31,8 +31,8 @@ def execute_in_place(path, flags, timeout):
     nb = nbformat.read(path, as_version=4)
     Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     nb.metadata.pop("widgets", None) # State of progress bars, which nobody can see
-    for c in nb.cells: # Warnings name paths of this machine
-        if c.cell_type == "code": c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
+    for c in nb.cells: # Warnings name paths of this machine; a widget without its state shows an error
+        if c.cell_type == "code": c.outputs = [o for o in c.outputs if o.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     nbformat.write(nb, path)
     subprocess.run([BIN/"nbdev_clean", "--fname", str(path)], cwd=ROOT, check=True)
     return True
