@@ -52,13 +52,12 @@ def test_times_follow_their_controls():
     assert view.numbers["overlap"] > .95
 
 def test_mixture_velocity_is_the_marginal_one():
-    means, gen = torch.tensor([[-1., 0.], [1., .5]], dtype=torch.float64), generator(0, "marginal")
-    x, t, n = torch.tensor([[.2, .1]], dtype=torch.float64), .6, 400_000
-    x1 = means[torch.randint(2, (n,), generator=gen)]+.3*torch.randn(n, 2, generator=gen, dtype=torch.float64)
-    x0 = torch.randn(n, 2, generator=gen, dtype=torch.float64)
-    w = torch.exp(-((1-t)*x0+t*x1-x).square().sum(1)/(2*.05**2))          # Pairs whose path passes nearby
-    mean = (w[:, None]*(x1-x0)).sum(0)/w.sum()
-    test_tensor(mixture_velocity(x, t, means, .3)[0], mean, rtol=.05)
+    means, std, w = torch.tensor([[-1.], [1.2]], dtype=torch.float64), .3, torch.tensor([.7, .3], dtype=torch.float64)
+    x1, normal = torch.linspace(-6, 6, 4001, dtype=torch.float64), lambda x, m, s: torch.exp(-.5*((x-m)/s)**2)
+    for x,t in ((.2, .6), (-.9, .1), (1.5, .9)):
+        x0 = (x-t*x1)/(1-t)                                               # The only noise that leads from x1 to x at time t
+        p = (w*normal(x1[:, None], means[:, 0], std)).sum(1)*normal(x0, 0., 1.)
+        test_tensor(mixture_velocity(torch.tensor([[x]], dtype=torch.float64), t, means, std, w)[0, 0], (p*(x1-x0)).sum()/p.sum(), rtol=1e-6)
 
 def test_guidance_of_scale_1_is_the_conditional_trajectory():
     view = Trajectories()

@@ -109,7 +109,7 @@ def strip(self:View,
     self.at(**before)
     return Image.fromarray(np.concatenate(rows)).quantize(colours, Image.Quantize.MAXCOVERAGE)
 
-# %% ../nbs/91_explorer.ipynb #326bd088
+# %% ../nbs/91_explorer.ipynb #60ddb443
 def _ring(deg): return torch.stack([deg.deg2rad().cos(), deg.deg2rad().sin()], -1) # Angles (…,) to unit vectors (…, 2)
 def _maps(*deg): return torch.stack([_ring(d) for d in deg], -1)[..., None]        # Angles of k positions, (n,) each, to n maps (n, 2, k, 1)
 def _slope(loss, x): x = x.clone().requires_grad_(); return torch.autograd.grad(loss(x).sum(), x)[0] # Of each item, since they do not meet
@@ -130,8 +130,8 @@ class VFSurface(View):
         self.loss, = a.plot(self.deg, flat(self.deg), label="loss"); self.pull, = a.plot(self.deg, flat(self.deg), "--", label="gradient")
         a.set(xlabel="angle between z' and f, degrees", ylim=(-.05, 2.05)); a.legend(fontsize=7, loc="upper left")
         how = dict(origin="lower", cmap=ListedColormap(colormaps["Purples"](np.linspace(.2, 1, 256))).with_extremes(under="white"), vmin=1e-6, vmax=2) # White is zero
-        self.second = b.imshow(torch.zeros(41, 41), extent=(-1, 1, -1, 1), **how); b.set(xlabel="cosine of the features", ylabel="cosine of the latents")
-        self.both = c.imshow(torch.zeros(61, 61), extent=(-180, 180, -180, 180), **how); c.plot(0, 90, "k*", ms=8)
+        self.second = b.imshow(np.zeros((41, 41)), extent=(-1, 1, -1, 1), **how); b.set(xlabel="cosine of the features", ylabel="cosine of the latents")
+        self.both = c.imshow(np.zeros((61, 61)), extent=(-180, 180, -180, 180), **how); c.plot(0, 90, "k*", ms=8)
         self.arrows = c.quiver(*self.few, *self.few, scale=1.5, scale_units="xy", width=.006, color="C1", angles="xy")
         c.set(xlabel="direction of $z'_1$", ylabel="direction of $z'_2$", xticks=(-180, 0, 180), yticks=(-180, 0, 180))
         self.axs = a, b, c
@@ -146,7 +146,7 @@ class VFSurface(View):
         pairs, both = 2*second(*self.pair), whole(self.two)                # A pair is two of the four entries of its matrix
         slope = _slope(lambda a: whole(_maps(*a)), torch.stack(self.few)).rad2deg()
         self.loss.set_ydata(loss); self.pull.set_ydata(pull)
-        self.second.set_data(pairs.view(41, 41).T); self.both.set_data(both.view(61, 61)); self.arrows.set_UVC(*-40*slope)
+        self.second.set_data(pairs.view(41, 41).T.numpy()); self.both.set_data(both.view(61, 61).numpy()); self.arrows.set_UVC(*-40*slope.numpy())
         free = dict(cos_free=loss, distmat_free=pairs, both_free=both)
         out = {k: (v < 1e-6).float().mean().item() for k,v in free.items()}
         for ax,name,share in zip(self.axs, ("cosine", "distance matrix", "both"), out.values()): ax.set_title(f"{name}: {share:.0%} free", fontsize=9)
@@ -276,7 +276,7 @@ class Samples(View):
             im.set_data(np.concatenate([*x], 1)); im.axes.set_title(f"{label}, {name}", fontsize=9)
         return out
 
-# %% ../nbs/91_explorer.ipynb #de28541c
+# %% ../nbs/91_explorer.ipynb #ea0c51de
 class Channels(View):
     "What one channel of a latent does to the reconstruction"
     size = (8., 2.4)
@@ -301,7 +301,7 @@ class Channels(View):
         z = z.clone(); z[:, channel] = scale*z[:, channel]+shift
         self.edited, s = self.tok.decode(z), self.side
         out = dict(psnr=psnr(x, self.plain).item(), psnr_edited=psnr(x, self.edited).item(), moved=(self.edited-self.plain).abs().mean().item())
-        for im,o in zip(self.shown, (x, self.plain, self.edited)): im.set_data(to_uint8(o)[0])
+        for im,o in zip(self.shown, (x, self.plain, self.edited)): im.set_data(to_uint8(o)[0].numpy())
         for im,name in zip(self.shown[1:], (f"reconstruction, {out['psnr']:.1f} dB", f"edited, {out['psnr_edited']:.1f} dB")): im.axes.set_title(name, fontsize=9)
         tiles, at = np.full(self.latent.get_array().shape, np.nan), lambda k: (s*(k//self.cols), s*(k % self.cols))
         for k,c in enumerate(z[0]): i, j = at(k); tiles[i:i+s-1, j:j+s-1] = c
