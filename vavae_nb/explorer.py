@@ -33,12 +33,13 @@ from .tensors import generator
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 from .tokenizer.vf_loss import cosine_loss, distmat_loss
 
-# %% ../nbs/91_explorer.ipynb #3cf01c2c
+# %% ../nbs/91_explorer.ipynb #000d8c73
 class View:
     "A figure that follows its controls; a subclass says what is there (`build`) and what moves (`update`)"
     size = (7.5, 2.6) # Inches of 75 dots
     def __init__(self):
-        self.fig, self.picture, self._still, self._seen = Figure(self.size, dpi=75), ipywidgets.Image(format="png"), False, False
+        self.fig, self._still, self._seen = Figure(self.size, dpi=75), False, False
+        self.picture = ipywidgets.Image(format="png", layout=dict(width=f"{75*self.size[0]:.0f}px", max_width="100%")) # Else it is stretched
         FigureCanvasAgg(self.fig) # Not pyplot, which would show it a second time
         self.note = self.fig.text(.005, .995, "", va="top", fontsize=8, color="grey")
         self.controls = self.build()
@@ -207,7 +208,7 @@ def toy_velocity(
     weights = torch.tensor([[1., 1., 0.], [0., 0., 1.], [1., 1., 1.]])
     return mixture_velocity(x, t, torch.tensor(toy_means, dtype=x.dtype), toy_std, weights[y])
 
-# %% ../nbs/91_explorer.ipynb #eea50f81
+# %% ../nbs/91_explorer.ipynb #ebf66297
 class Trajectories(View):
     "Guidance, solver and steps on the toy whose velocity is known; Ho & Salimans 2022, Kynkäänniemi et al. 2024"
     size = (7., 2.5)
@@ -236,7 +237,7 @@ class Trajectories(View):
         for line,x in zip(self.ends, (self.x1[:80], self.x1)): line.set_data(*x.T)
         out = dict(evaluations=rows[0], near_other=(near == 1).float().mean().item(), lost=(far > 4*toy_std).float().mean().item(), width=((self.x1-self.means[near]).std(0).mean()/toy_std).item())
         self.axs[0].set_title(f"{rows[0]} evaluations of the model", fontsize=9)
-        self.axs[1].set_title(f"right lump {out['near_other']:.0%} (truth 50%), width {out['width']:.2f} (truth 1), lost {out['lost']:.0%}", fontsize=9)
+        self.axs[1].set_title(f"right lump {out['near_other']:.0%}, width {out['width']:.2f}, lost {out['lost']:.0%}", fontsize=9)
         return out
 
 # %% ../nbs/91_explorer.ipynb #7fd338a8
