@@ -69,7 +69,7 @@ _sizes = tuple(_table2[f"f16d32-{v}-{s}"] if s in ("b", "l", "xl") else Row("fig
 # %% ../nbs/80_ablations.ipynb #9ebb5985
 _controls = (*(Row("controls", "f16d64-dinov2-b", name, change, against="f16d64-none-b") for name,change in (
                  ("random", {"foundation.weights": "random"}), ("shuffled", {"foundation.control": "shuffled"}), ("lowpass", {"foundation.control": "lowpass"}))),
-             Row("controls", "f16d64-none-b", "kl", {"tokenizer_training.kl_weight": 1e-4}, against="f16d64-none-b"))
+             *(Row("controls", "f16d64-none-b", name, {"tokenizer_training.kl_weight": w}, against="f16d64-none-b") for name,w in (("kl1e-3", 1e-3), ("kl1e-2", 1e-2))))
 
 _rec, _uni = ("PSNR", "LPIPS", "SSIM"), ("density CV", "Gini", "entropy")
 tables = {
