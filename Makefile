@@ -10,7 +10,7 @@ TEST_TIMEOUT ?= 240
 # Bytecode is kept even where an image says not to: without it every process compiles torch again (torchvision: 14 s of CPU, not 4)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup train test test-slow docs export notebooks clean
+.PHONY: help setup train test test-slow docs docs-serve export notebooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -31,18 +31,20 @@ $(BIN)/.ready: settings.ini setup.py constraints.txt weights.txt
 train: setup ## the main job: real images → tokenizer → LightningDiT → new images, about 10 minutes on 2 CPU cores
 	@$(BIN)/python -m vavae_nb.train $(ARGS)
 
-test: setup ## export in sync, every notebook, pytest, docs staging; under 15 minutes on 2 cores
+test: setup ## export in sync, every notebook, pytest with the site's pages staged; under 15 minutes on 2 cores
 	$(BIN)/python tools/notebooks.py test --timeout $(TEST_TIMEOUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python tools/stage.py
 
 test-slow: test ## make test, and what is flagged slow
 	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800 --workers 1
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
 
-docs: setup ## build the site into _docs with Quarto, where Quarto is installed; else stage it and say so
-	@$(BIN)/python tools/stage.py
-	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "The pages are staged in _proc/. Rendering them needs Quarto, which is not on the PATH: see https://quarto.org/docs/get-started"; fi
+docs: setup ## build the site into _docs with Quarto (QUARTO=pip takes it from PyPI's quarto-cli, which needs the open web)
+	@[ "$(QUARTO)" != pip ] || $(BIN)/uv pip install --quiet --python $(BIN)/python quarto-cli || { echo "quarto-cli could not be installed: it downloads Quarto from the open web"; exit 1; }
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/stage.py --render
+
+docs-serve: docs ## the same, and show it on http://127.0.0.1:8000
+	@$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _docs
 
 export: setup ## write vavae_nb/ and README.md from the notebooks
 	@$(BIN)/nbdev_export
