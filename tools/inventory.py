@@ -1,10 +1,11 @@
-"""The list of ablation results in results/README.md, from the files that are there.
+"""What follows from the ablations' results: the list of them in results/README.md, and the picture of the front page.
 
     python tools/inventory.py
 """
 import re
 from pathlib import Path
-from vavae_nb.ablations import inventory
+from vavae_nb.ablations import inventory, load_table
+from vavae_nb.figures import picture, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,3 +15,4 @@ def listed(text): # The same text with the list renewed
 if __name__ == "__main__":
     path = ROOT/"results"/"README.md"
     path.write_text(listed(path.read_text()))
+    (ROOT/"nbs"/"images"/"frontier.png").write_bytes(picture(plot_frontier(load_table("fig2", "cpu", ROOT/"results"))).data)
