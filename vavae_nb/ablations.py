@@ -215,7 +215,7 @@ def result_of(
     from vavae_nb.tensors import load_tensors
     m, state = json.loads((run/"metrics.json").read_text()), json.loads((run/"state.json").read_text())
     std = load_tensors(run/"tokenizer.safetensors")[0]["latent_std"].square().mean().sqrt().item()
-    tsne = np.load(run/"tsne.npy").round(1).tolist() if (run/"tsne.npy").exists() else []
+    tsne = np.load(run/"tsne.npy").astype(float).round(1).tolist() if (run/"tsne.npy").exists() else []
     return _head(row, cfg, scale) | dict(status="done", reconstruction=m["reconstruction"], generation=m["generation"], uniformity=m["uniformity"], latent_std=std,
         seconds={k: v["seconds"] for k,v in state.items()}, provenance=m["provenance"], config=flat(cfg), tsne=tsne)
 
@@ -226,7 +226,7 @@ def _head(row, cfg, scale):
 def _write(path, result): # Points on one line each
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({k: v for k,v in result.items() if k != "tsne"}, indent=1, default=vars)
-    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"])}' if result.get("tsne") else "")+"\n}\n")
+    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"], separators=(",", ":"))}' if result.get("tsne") else "")+"\n}\n")
 
 def _picture(run, path, per_class=10): # The first samples of each class, a row each
     import numpy as np
