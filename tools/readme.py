@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 def from_root(text): # Links of a page in nbs/, as seen from the top
-    text = re.sub(r"\((?!https?:|#|\.\./)([\w./-]+\.(?:png|ipynb|html))\)", r"(nbs/\1)", text)
+    text = re.sub(r"\((?!https?:|#|\.\./)([\w./-]+\.(?:png|jpg|ipynb|html))\)", r"(nbs/\1)", text)
     return text.replace("](../", "](")
 
 def cell_text(cell):

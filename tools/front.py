@@ -1,0 +1,52 @@
+"""The first picture of the front page: photographs, their reconstructions, generated images, with and without VF loss.
+
+    python -m vavae_nb.ablations table2 --scale cpu --rows f4d32-none-b f4d32-lite0-b
+    python tools/front.py [--runs runs/ablations]
+
+Of seed 0 of those two rows; the first test image of each class and the first unguided sample of each class, not chosen.
+"""
+import argparse
+from pathlib import Path
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from vavae_nb.ablations import configuration, run_folder, tables
+from vavae_nb.data import embedded
+from vavae_nb.figures import picture
+from vavae_nb.generate import load_samples
+from vavae_nb.tokenizer.autoencoder import Autoencoder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def strip(images): # (n, 3, h, w) in [-1, 1] -> (h, n·w, 3) in [0, 1]
+    return torch.cat(list((images.clamp(-1, 1)+1)/2), -1).permute(1, 2, 0)
+
+def first_of_each(labels): return [list(labels).index(c) for c in range(10)]
+
+def main(runs):
+    test = embedded("test")
+    real = test.batch(first_of_each(test.labels))
+    rows = [("photographs", strip(real))]
+    made = []
+    for name,title in (("f16d64-none-b", "without VF loss"), ("f16d64-dinov2-b", "with VF loss")):
+        row = next(r for r in tables["table2"].rows if r.name == name)
+        folder = run_folder(row, configuration(row, "cpu", 0), "cpu", runs)
+        tok = Autoencoder.load(folder/"tokenizer.safetensors")
+        with torch.no_grad(): rows.append((f"reconstructed,\n{title}", strip(tok.decode(tok.encode(real, sample=False)))))
+        images, labels = load_samples(folder/"samples_unguided.npz")
+        made.append((f"generated,\n{title}", strip(torch.from_numpy(images[first_of_each(labels)]).permute(0, 3, 1, 2)/127.5-1)))
+    rows += made
+    fig, axs = plt.subplots(len(rows), 1, figsize=(8.6, 4.15), dpi=110)
+    for ax,(label,image) in zip(axs, rows):
+        ax.imshow(image, interpolation="bilinear", aspect="auto"); ax.set_xticks([]); ax.set_yticks([])
+        for s in ax.spines.values(): s.set_visible(False)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for i,c in enumerate(test.classes): axs[0].text(32*i+16, -3, c, ha="center", fontsize=8)
+    fig.tight_layout(h_pad=.15)
+    (ROOT/"nbs"/"images"/"front.jpg").write_bytes(picture(fig, photographs=True).data)
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", default="runs/ablations", help="folder of the runs (default: runs/ablations)")
+    main(p.parse_args().runs)
