@@ -50,8 +50,8 @@ def _needs(t, rows): # Or say what to run
 def judges(
     t:FilledTable, # As loaded
 )->list[str]:      # Columns
-    "The Fréchet distances of a table, those over networks that took no part in the alignment first"
-    return sorted((c for c in t.columns if c.startswith("FD ")), key=lambda c: c == "FD efficientnet_lite0")
+    "The Fréchet distances that every row has which is there, those over networks that took no part in the alignment first"
+    return sorted((c for c in t.columns if c.startswith("FD ") and all(f.mean(c) is not None for f in t.rows if f.values)), key=lambda c: c == "FD efficientnet_lite0")
 
 # %% ../nbs/81_figures.ipynb #de97943d
 def picture(
@@ -202,7 +202,7 @@ def plot_predictors(
     for ax,k in zip(axs[0], predictors):
         for e in every.values(): ax.plot(e[k], e[judge], marks.get(e["dim"], "x"), c="0.5" if e["control"] else _colours[e["vfm"]], mfc="none" if e["control"] else None, ms=5)
         of = {d: [e for e in every.values() if e["dim"] == d] for d in sorted({e["dim"] for e in every.values()})}
-        rho = lambda es: spearmanr([e[k] for e in es], [e[judge] for e in es]).statistic
+        rho = lambda es: spearmanr([e[k] for e in es], [e[judge] for e in es]).statistic if len({e[k] for e in es}) > 1 else np.nan
         ax.set_title(f"ρ = {rho(list(every.values())):+.2f} (n = {len(y)})\n"+", ".join(f"d={d} {rho(es):+.2f}" for d,es in of.items() if len(es) > 3), fontsize=8); ax.set_xlabel(k)
     axs[0, 0].set_ylabel(f"FD over {networks[judge[3:]]}")
     proxy = lambda label, mark, c, **kw: Line2D([], [], ls="", marker=mark, c=c, ms=5, label=label, **kw)
