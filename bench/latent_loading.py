@@ -8,21 +8,18 @@ the same shuffled indices and flips, results compared in the same run; the two t
 cache, and the ratio is of medians of CPU time, which other work on the machine disturbs less than wall time; both times are in the result.
 Memory is the process's own (RssAnon) and that of mapped files (RssFile), before and after reading all. Writes results/bench-latent-loading.json.
 """
-import argparse, json, statistics, subprocess, tempfile, time
+import statistics, tempfile
 from pathlib import Path
 import torch
+from common import compare, memory, options, save, show, start, take_turns
 from safetensors import safe_open
 from vavae_nb.latents import Latents, open_shard, shard_files
 from vavae_nb.tensors import generator, save_tensors
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("--rounds", type=int, default=5, help="timed pairs (default: 5)")
+p = options(__doc__, threads=1, device="cpu")
 p.add_argument("--batches", type=int, nargs="+", default=[64, 256, 900, 1024], help="samples a batch (default: 64 256 900 1024; 1024 of them are 34 MB)")
 p.add_argument("--shards", type=int, default=8, help="shards of 1,000 images (default: 8, which is 0.5 GB)")
-p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-a = p.parse_args()
-
-torch.set_num_threads(a.threads)
+a = start(p)
 PER, g = 1000, generator(0, "bench")
 tmp = tempfile.TemporaryDirectory()
 for s in range(a.shards):
@@ -31,8 +28,6 @@ for s in range(a.shards):
 del z
 files, n, mean, std = shard_files(tmp.name), PER*a.shards, torch.full((1, 32, 1, 1), .1), torch.full((1, 32, 1, 1), 1.1)
 
-def memory(): return {k: int(v.split()[0])/1024 for k,v in (l.split(":") for l in Path("/proc/self/status").read_text().splitlines()) if k in ("RssAnon", "RssFile")}
-
 def opening(indices, flips):
     out = []
     for i,f in zip(indices.tolist(), flips.tolist()):
@@ -40,11 +35,7 @@ def opening(indices, flips):
         out.append((row-mean)/std)
     return torch.cat(out)
 
-def timed(read, batch):
-    order, flips = torch.randperm(n, generator=g)[:batch], torch.rand(batch, generator=g) < .5
-    wall, cpu = time.perf_counter(), time.process_time()
-    z = read(order, flips)
-    return time.process_time()-cpu, time.perf_counter()-wall, z, order, flips
+def shuffled(batch): return torch.randperm(n, generator=g)[:batch], torch.rand(batch, generator=g) < .5
 
 before = memory()
 latents = Latents([open_shard(f)[0] for f in files], mean, std)
@@ -52,21 +43,15 @@ opened = memory()
 for order in torch.randperm(n, generator=g).split(256):
     for f in (False, True): latents.batch(order, f)
 after = memory()
-rows = []
+rows = {}
 for batch in a.batches:
-    for read in (opening, latents.batch): *_, z, order, flips = timed(read, batch)
-    assert torch.equal(z, opening(order, flips))
-    runs = [[timed(read, batch)[:2] for read in (opening, latents.batch)] for _ in range(a.rounds)]
-    ms = {f"{who}_{kind}_ms": [round(1e3*r[w][k], 1) for r in runs] for w,who in enumerate(("baseline", "ours")) for k,kind in enumerate(("cpu", "wall"))}
-    median = {k: statistics.median(v) for k,v in ms.items()}
-    rows.append(dict(batch=batch, ratio=median["baseline_cpu_ms"]/median["ours_cpu_ms"], ratio_wall=median["baseline_wall_ms"]/median["ours_wall_ms"],
-                     samples_per_second=round(1e3*batch/median["ours_wall_ms"])) | ms)
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-mb = {name: {k: round(b[k]-a_[k], 1) for k in b} for name,a_,b in (("opening", before, opened), ("reading_all", opened, after))}
-result = dict(command="python bench/latent_loading.py", what=__doc__.splitlines()[0], batches=rows, memory_growth_mb=mb, read_mb=round(n*2*32*16*16*4/1e6), shards=a.shards, images=n,
-              latent="32×16×16 float32", threads=torch.get_num_threads(), device=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, commit=commit)
-Path("results").mkdir(exist_ok=True)
-Path("results/bench-latent-loading.json").write_text(json.dumps(result, indent=1))
-for r in rows: print(f"batch {r['batch']}: {r['ratio']:.1f}× less CPU time ({r['ratio_wall']:.1f}× wall), {r['samples_per_second']:,} samples a second")
-print(f"memory after reading {result['read_mb']} MB: own {mb['reading_all']['RssAnon']:+.0f} MB, mapped files {mb['reading_all']['RssFile']:+.0f} MB")
+    indices, flips = shuffled(batch)
+    assert torch.equal(latents.batch(indices, flips), opening(indices, flips))
+    rows[f"batch {batch}"] = r = compare(take_turns(dict(opening=opening, ours=latents.batch), a.rounds, args=lambda: shuffled(batch)), "opening", clock="cpu")
+    r |= dict(batch=batch, samples_per_second=round(1e3*batch/statistics.median(r["ours_wall_ms"])))
+show(rows, goal=20)
+growth = {name: {k: round(last[k]-first[k], 1) for k in first} for name,first,last in (("opening", before, opened), ("reading_all", opened, after))}
+read = round(n*2*32*16*16*4/1e6)
+print(f"memory after reading {read} MB: own {growth['reading_all']['RssAnon']:+.0f} MB, mapped files {growth['reading_all']['RssFile']:+.0f} MB")
+save(a, __doc__, dict(batches=list(rows.values()), goal=20, memory_growth_mb=growth, read_mb=read, shards=a.shards, images=n, latent="32×16×16 float32"))
 tmp.cleanup()

@@ -1,0 +1,93 @@
+"""What the scripts of this folder share: their options, taking turns, ratios with their spread, checked outputs, and the file of a result.
+
+Scripts are run by `python bench/NAME.py`, which finds this module beside them, and write results/bench-NAME.json (or --out). A script is
+
+    a = start(options(__doc__))                                    # --rounds --threads --device --out; seeds, threads, device
+    error = agree(ours(), theirs(), 1e-5, "the losses")            # Also a warm-up; a fast wrong answer ends here
+    row = compare(take_turns(dict(baseline=theirs, ours=ours), a.rounds, a.device))
+    show({"a step": row}, goal=1.15)
+    save(a, __doc__, row | dict(rel_err=error, goal=1.15))         # Versions, commit, device and threads are added
+"""
+import argparse, json, shlex, statistics, sys, time
+from pathlib import Path
+import torch
+from vavae_nb.core import atomic_write
+from vavae_nb.generate import versions
+from vavae_nb.tensors import pick_device, rel_err, seed_everything, set_tf32
+
+ROOT = Path(__file__).resolve().parent.parent
+commit = versions(torch.device("cpu"))["commit"] # Of the code that was loaded
+
+def options(doc, rounds=5, threads=2, device="auto"):
+    "A parser with what every script takes; a script adds its own, then calls `start`"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
+    p.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
+    p.add_argument("--device", default=device, help=f"auto (a GPU if there is one), cpu or cuda (default: {device})")
+    p.add_argument("--out", default=ROOT/f"results/bench-{Path(sys.argv[0]).stem.replace('_', '-')}.json", help="file of the result (default: results/bench-NAME.json)")
+    return p
+
+def start(p, precision="fp32"):
+    "The options given, with `device` a torch device; threads, seeds and the precision of products set (fp32: no TF32)"
+    a = p.parse_args()
+    a.device, a.precision = pick_device(a.device), precision
+    torch.set_num_threads(a.threads); seed_everything(0); set_tf32(a.device, precision)
+    return a
+
+def synchronize(device):
+    if device.type == "cuda": torch.cuda.synchronize(device)
+
+def timed(f, *args, device=torch.device("cpu")):
+    "What f returns, seconds on the wall's clock, and on the processor's, all threads together"
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = f(*args)
+    synchronize(device)
+    return out, time.perf_counter()-wall, time.process_time()-cpu
+
+def take_turns(sides, rounds, device=torch.device("cpu"), args=tuple):
+    "Seconds of each side (name → function), once a round, first one then the other in front; `args` makes what a call is given, outside its time"
+    for f in sides.values(): timed(f, *args(), device=device) # Warm-up
+    out = {name: dict(wall=[], cpu=[]) for name in sides}
+    for r in range(rounds):
+        for name in list(sides)[::-1 if r % 2 else 1]:
+            result, wall, cpu = timed(sides[name], *args(), device=device)
+            out[name]["wall"].append(wall); out[name]["cpu"].append(cpu)
+            del result # Before the next one is timed
+    return out
+
+def quartiles(x): return statistics.quantiles(x, n=4, method="inclusive")[::2] if len(x) > 1 else [x[0], x[0]]
+
+def compare(times, baseline="baseline", ours="ours", clock="wall"):
+    "Ratio of medians by one clock (with the quartiles of the rounds' ratios) and by the other; milliseconds of every round"
+    out = {}
+    for c in (clock, "cpu" if clock == "wall" else "wall"):
+        b, o, key = times[baseline][c], times[ours][c], "" if c == clock else f"_{c}"
+        out |= {f"ratio{key}": statistics.median(b)/statistics.median(o), f"ratio{key}_quartiles": quartiles([x/y for x,y in zip(b, o)])}
+    return out | dict(clock=clock) | {f"{who}_{c}_ms": [float(f"{1e3*t:.5g}") for t in times[side][c]] for who,side in (("baseline", baseline), ("ours", ours)) for c in ("wall", "cpu")}
+
+def agree(actual, expected, tolerance, what):
+    "The relative error of ours from the baseline's, which must be within the tolerance"
+    error = rel_err(actual, expected)
+    assert error <= tolerance, f"{what}: {error:.1e} from the baseline's, more than {tolerance:g}"
+    return error
+
+def memory():
+    "Resident memory of this process in MB: its own, and that of mapped files (Linux)"
+    lines = (l.split(":") for l in Path("/proc/self/status").read_text().splitlines())
+    return {k: int(v.split()[0])/1024 for k,v in lines if k in ("RssAnon", "RssFile")}
+
+def show(rows, goal=None):
+    "A line a row: medians, ratio and quartiles by the row's clock"
+    wide = max(map(len, rows))
+    print(f"{'':{wide}} {'baseline':>12} {'ours':>12} {'ratio':>7}  quartiles")
+    for name,r in rows.items():
+        b, o = (statistics.median(r[f"{who}_{r['clock']}_ms"]) for who in ("baseline", "ours"))
+        print(f"{name:{wide}} {b:9.4g} ms {o:9.4g} ms {r['ratio']:6.2f}×  {' … '.join(f'{q:.2f}' for q in r['ratio_quartiles'])}"+(f"  (goal: {goal:g}×)" if goal else ""), flush=True)
+
+def save(a, doc, result):
+    "Write the result, whole or not at all, with what it depends on"
+    given = [o for i,o in enumerate(sys.argv[1:]) if not o.startswith("--out") and sys.argv[i] != "--out"] # Where it went says nothing
+    about = dict(command=shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *given]), what=doc.splitlines()[0])
+    about |= result | versions(a.device, a.precision) | dict(cpu=torch.backends.cpu.get_cpu_capability(), commit=commit)
+    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(about, indent=1, default=float)+"\n")
