@@ -46,6 +46,18 @@ def test_relations_stay_within_an_image():
     z, f = randn(3, 5, 2, 4, name="z"), randn(3, 6, 2, 4, name="f")
     check(distmat_loss(z, f), torch.stack([distmat_loss(z[i:i+1], f[i:i+1]) for i in range(3)]).mean(), rtol=1e-6)
 
+@pytest.mark.parametrize("block", [7, 20, 39])
+@pytest.mark.parametrize("margin", [0., .25])
+def test_blocks_give_what_the_whole_matrix_gives(block, margin):
+    "Loss and the gradients of both maps; and both in a sum with something else, differentiated twice as for an adaptive weight"
+    z, f = randn(2, 5, 5, 8, name="z").double().requires_grad_(), randn(2, 6, 5, 8, name="f").double().requires_grad_()
+    whole, blocks = distmat_loss(z, f, margin), distmat_loss(z, f, margin, block)
+    check(blocks, whole, rtol=1e-12)
+    for of in ((z, f), (z,)):
+        for ours,expected in zip(*(torch.autograd.grad(3*l+z.sum(), of, retain_graph=True) for l in (blocks, whole))): check(ours, expected, rtol=1e-12)
+    assert distmat_loss(z.detach(), f.detach(), margin, block) == blocks
+    with pytest.raises(ConfigError, match="no second derivative"): torch.autograd.grad(blocks, z, create_graph=True)
+
 @pytest.mark.parametrize("project,width", [("latent", (8, 4)), ("features", (4, 8))])
 def test_projection_trains_and_the_vfm_does_not(project, width):
     vf, z, f = VFLoss(4, 8, project=project, cos_margin=0, distmat_margin=0), randn(2, 4, 4, 4).requires_grad_(), randn(2, 8, 4, 4).requires_grad_()

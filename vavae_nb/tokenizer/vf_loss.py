@@ -38,11 +38,13 @@ def distmat_loss(
     z:Tensor,         # Projected latent z', (b, D, h, w); its channels need not be as many as f's
     f:Tensor,         # Features of the frozen VFM, (b, D', h, w)
     margin:float=.25, # m2: no pull on a pair whose two cosines differ by m2 or less
+    block:int=512,    # Positions at a time where there are more; memory is b·block², see Cost
 )->Tensor:            # Scalar in [0, 2 − m2]
     "mean relu(|cos(z'_p, z'_q) − cos(f_p, f_q)| − m2) over the pairs of each image; Yao et al. 2025, marginal distance matrix similarity loss"
     _check_maps(z, f, ("batch size", "height", "width"))
     with torch.autocast(z.device.type, enabled=False):
         u, v = _unit(z), _unit(f)
+        if u.shape[2] > block: return _Blockwise.apply(u, v, margin, block)
         return F.relu((u.mT@u-v.mT@v).abs()-margin).mean()
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #88825bd4
@@ -98,3 +100,29 @@ class VFLoss(nn.Module):
     def extra_repr(self):
         return (f"cos {self.cos_weight:g} × margin {self.cos_margin:g}, distmat {self.distmat_weight:g} × margin {self.distmat_margin:g}, "
                 f"project={self.project}, vf_weight={self.vf_weight:g}, adaptive={self.adaptive}")
+
+# %% ../../nbs/14_tokenizer.vf_loss.ipynb #da983f63
+class _Blockwise(torch.autograd.Function):
+    "`distmat_loss` of unit vectors (b, D, N) and (b, D', N), and its gradients, a pair of blocks at a time"
+    @staticmethod
+    def forward(ctx, u, v, margin, block):
+        total, grads = 0., [torch.zeros_like(o) if need else None for o,need in zip((u, v), ctx.needs_input_grad)]
+        blocks = [slice(i, i+block) for i in range(0, u.shape[2], block)]
+        for p,q in ((p, q) for i,p in enumerate(blocks) for q in blocks[i:]):
+            diff = u[...,p].mT@u[...,q] - v[...,p].mT@v[...,q]
+            over = F.relu(diff.abs()-margin)
+            total = total + over.sum()*(1 if p is q else 2)
+            if not any(ctx.needs_input_grad): continue
+            S = diff.sign_().mul_(over > 0)
+            for o,g,sign in ((u, grads[0], 1), (v, grads[1], -1)):
+                if g is None: continue
+                g[...,p].add_(o[...,q]@S.mT, alpha=sign)
+                if p is not q: g[...,q].add_(o[...,p]@S, alpha=sign)
+        ctx.save_for_backward(*grads)
+        ctx.pairs = len(u)*u.shape[2]**2
+        return total/ctx.pairs
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled(): raise ConfigError("the distance-matrix loss in blocks has no second derivative; give distmat_loss a block of all positions")
+        return *(o if o is None else o*(g*2/ctx.pairs) for o in ctx.saved_tensors), None, None
