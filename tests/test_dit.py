@@ -5,8 +5,9 @@ import pytest, torch
 from torch import nn
 from vavae_nb.core import CheckpointError, ConfigError, LabelError, ShapeError
 from vavae_nb.dit.blocks import Rope2d, apply_rope, attend, rope_2d
-from vavae_nb.dit.model import LightningDiT, create_dit, drop_labels
-from vavae_nb.tensors import check_labels, generator, load_into, load_tensors, rel_err, save_tensors, test_tensor
+from vavae_nb.dit.model import LightningDiT, compile_blocks, create_dit, drop_labels
+from vavae_nb.flow.sampler import sample
+from vavae_nb.tensors import autocast, check_labels, generator, load_into, load_tensors, rel_err, save_tensors, test_tensor
 
 GOLDEN = Path(__file__).parent/"golden"
 OURS = dict(use_rope="rope", use_qknorm="qk_norm", use_swiglu="swiglu", use_rmsnorm="rmsnorm") # Off unless the header says so
@@ -155,3 +156,24 @@ def test_cuda_equals_published(name):
     test_tensor(model.cuda()(x, t, y), tensors["out"], rtol=1e-4)
     with torch.autocast("cuda", torch.bfloat16): out = model(x, t, y).cpu()
     assert (out-tensors["out"]).norm()/tensors["out"].norm() < .02
+
+@pytest.mark.parametrize("kw", [{}, dict(swiglu=False, rmsnorm=False, rope=False, learn_sigma=True)], ids=str)
+def test_nothing_breaks_the_graph(kw): # Traced whole or refused (fullgraph); the backend runs what was traced
+    (model, (x, t, y)), plain = small(**kw), small(**kw)[0]
+    assert compile_blocks(model.train(), 4, "fp32", "eager") == ""
+    for n in (4, 3, 1): torch.testing.assert_close(model(x[:n], t[:n], y[:n]), plain(x[:n], t[:n], y[:n]))
+    how = dict(y=y[:3], latent_shape=(4, 8, 8), null_class=10, n_points=5, cfg_scale=2., cfg_interval=(.3, .8), progress=False) # Guided and not: two sizes of batch
+    with torch.no_grad(): torch.testing.assert_close(*(sample(m.eval(), **how) for m in (model, plain)))
+
+@pytest.mark.slow
+def test_compiled_equals_eager_in_bf16():
+    model, (x, t, y) = small()
+    def both():
+        model.zero_grad()
+        with autocast(x.device, "bf16"): out = model(x, t, y)
+        out.float().square().mean().backward()
+        return out.detach().float(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    eager = both()
+    assert compile_blocks(model.train(), 4, "bf16") == ""
+    (out, grad), (out0, grad0) = both(), eager
+    assert rel_err(out, out0) < 1e-3 and rel_err(grad, grad0) < 1e-2 # bf16 is 1e-2 from fp32, in both

@@ -1,5 +1,5 @@
 "The command line: a whole run in small, bad input, repeatability"
-import json, subprocess, sys
+import json, os, subprocess, sys
 import numpy as np, pytest
 from PIL import Image
 from vavae_nb.config import load_config
@@ -132,3 +132,8 @@ def test_the_tiny_recipe_reaches_its_quality(tmp_path):
     assert rows["efficientnet_lite0", "samples_unguided", "train"] < 566
     assert rows["efficientnet_lite0", "samples", "train"] < rows["efficientnet_lite0", "samples_unguided", "train"]
     assert rows["alexnet", "samples", "test"] < rows["alexnet", "samples_unguided", "test"]
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler(tmp_path):
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, text=True, env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    assert r.returncode == 0 and "torch.compile failed" in r.stderr and (tmp_path/"run"/"metrics.json").exists(), r.stdout+r.stderr

@@ -142,7 +142,7 @@ def configuration(
 
 # %% ../nbs/80_ablations.ipynb #93d0d3d6
 def _hash(settings): return sha256(json.dumps(settings, sort_keys=True, default=vars).encode()).hexdigest()[:8]
-def _settings(cfg): return {k: v for k,v in flat(cfg).items() if k != "device" and not k.startswith("saving.")} # That decide the numbers
+def _settings(cfg): return {k: v for k,v in flat(cfg).items() if k not in ("device", "compile") and not k.startswith("saving.")} # That decide the numbers
 
 def tokenizer_part(
     cfg:Config, # Of a row

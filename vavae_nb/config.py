@@ -177,6 +177,7 @@ class Config:
     seed:int=0             # Of everything random
     device:str="auto"      # `auto`, `cpu`, `cuda`, `cuda:N`, `mps`
     precision:str="auto"   # `auto` (bf16 where the device has it), `fp32`, `tf32`, `bf16`
+    compile:bool=False     # Compile the block of LightningDiT with `torch.compile`, in training and sampling
     patience:int=5         # Steps in a row without a finite loss and gradient, each skipped, before a training stops
     data:Data=field(default_factory=Data)
     foundation:Foundation=field(default_factory=Foundation)

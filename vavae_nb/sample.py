@@ -49,7 +49,8 @@ def checkpoints(
 # %% ../nbs/62_sample.ipynb #44723400
 def _sample(cfg, dit, tokenizer, weights, latent_stats, classes, batch_size, chunk, out, wanted, rank, world_size):
     "The set, and what was made of it: nothing, while other processes still have chunks to draw"
-    from vavae_nb.generate import SampleSet, class_labels, draw_chunks, finish, image_batches, load_pair, made_already, settings_of # Here, so that --help needs no torch
+    from vavae_nb.dit.model import compile_blocks # Here, so that --help needs no torch
+    from vavae_nb.generate import SampleSet, class_labels, draw_chunks, finish, image_batches, load_pair, made_already, settings_of
     from vavae_nb.tensors import pick_device
     device = pick_device(cfg.device)
     model, tok, notes = load_pair(dit, tokenizer, weights, latent_stats)
@@ -58,6 +59,7 @@ def _sample(cfg, dit, tokenizer, weights, latent_stats, classes, batch_size, chu
     y = class_labels(classes, cfg.sampling.n, model.num_classes, names, cfg.seed)
     settings = settings_of(cfg, dit, weights, tok, classes, device)
     model.to(device); tok.to(device)
+    if cfg.compile: compile_blocks(model, 2*batch_size, cfg.precision)
     how = dict(path=settings["path"], prediction=settings["prediction"], seed=cfg.seed, device=device, precision=cfg.precision, batch_size=batch_size)
     next(image_batches(model, tok, y[:0], cfg.sampling, **how), None) # Settings that do not fit are refused before anything is written
     samples = SampleSet(out, y, settings, names, chunk)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['dit_sizes', 'PatchEmbed', 'unpatchify', 'drop_labels', 'check_config', 'LightningDiT', 'create_dit', 'count_params',
-           'flops_per_image']
+           'flops_per_image', 'compile_blocks']
 
 # %% ../../nbs/31_dit.model.ipynb #e39bc0ed
-import inspect, torch
+import inspect, torch, warnings
 from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..core import CheckpointError, ConfigError, ShapeError, unknown_name
-from ..tensors import check_labels, load_into, load_tensors, save_tensors
+from ..tensors import autocast, check_labels, load_into, load_tensors, save_tensors
 from .blocks import DiTBlock, FinalLayer, LabelEmbedder, Rope2d, TimestepEmbedder, sincos_2d
 
 # %% ../../nbs/31_dit.model.ipynb #c48a6ec5
@@ -178,3 +178,25 @@ def flops_per_image(
         if p.ndim < 2 or k in ("pos_embed", "y_embedder.embedding_table.weight"): continue # Added or looked up
         products += p.numel()*(1 if "t_embedder" in k or "adaLN" in k else tokens)
     return 2*(products + model.config["depth"]*2*tokens**2*model.config["hidden_size"])
+
+# %% ../../nbs/31_dit.model.ipynb #f5192dee
+def compile_blocks(
+    model:LightningDiT,      # On the device and in the mode (training or not) that it will be used in
+    batch_size:int=2,        # Of the steps to come; others are compiled for when they come, once for all of them
+    precision:str="auto",    # As for `autocast`
+    backend:str="inductor",  # One of `torch.compiler.list_backends()`, or a function
+)->str:                      # Why it could not be done; empty if it could
+    "Compile the block of a model, one for all, and try it; a failure is a warning, and the model is as before"
+    x = torch.zeros(batch_size, model.in_channels, model.input_size, model.input_size, device=model.pos_embed.device)
+    options = dict(emulate_precision_casts=True) if backend == "inductor" else None # Round to bf16 where eager does
+    for block in model.blocks: block.compile(fullgraph=True, backend=backend, options=options)
+    try:
+        with autocast(x.device, precision), torch.set_grad_enabled(model.training):
+            out = model(x, x[:,0,0,0], x[:,0,0,0].long())
+        if model.training: out.float().sum().backward(); model.zero_grad()
+        return ""
+    except Exception as e: # Compilers raise anything
+        for block in model.blocks: block._compiled_call_impl = None
+        why = " ".join([type(e).__name__+":", *str(e).split("\n")[:2]]).strip()
+        warnings.warn(f"torch.compile failed ({why}); going on without it")
+        return why

@@ -17,7 +17,7 @@ from ..checkpoints import Checkpoints, RunLock, StopSignals
 from ..config import Config, differences, flat, load_config, save_config
 from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, unknown_name
 from ..data import Images, first_of_each, load_data
-from ..dit.model import LightningDiT, count_params, flops_per_image
+from ..dit.model import LightningDiT, compile_blocks, count_params, flops_per_image
 from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
@@ -41,7 +41,7 @@ from .tokenizer import tokenizer_learner, tokenizer_phases
 
 # %% ../../nbs/53_training.stages.ipynb #bbcbd2e7
 stages = ("tokenizer", "latents", "dit", "sample", "evaluate")
-_free = ("device", "saving.", "tokenizer_training.accumulate", "tokenizer_training.grad_checkpointing", "dit_training.accumulate", "dit_training.grad_checkpointing")
+_free = ("device", "compile", "saving.", "tokenizer_training.accumulate", "tokenizer_training.grad_checkpointing", "dit_training.accumulate", "dit_training.grad_checkpointing")
 
 class Run:
     "A run folder: configuration, data, device, and the record of finished stages"
@@ -262,6 +262,7 @@ def run_dit(run:Run)->dict:
     latents = load_latents(_shards(run, tok, replace=False), tok)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
+    if cfg.compile: compile_blocks(model.to(run.device).train(), t.batch_size//(world_size()*t.accumulate), cfg.precision)
     labels = torch.arange(min(10, n_classes)).repeat_interleave(6)
     def look(learn):
         with learn.ema.applied() as m: x = _draw(run, m, tok, labels, points=12, progress=False)
@@ -307,6 +308,7 @@ def run_sample(run:Run)->dict:
     cfg, tok, model = run.cfg, run.tokenizer(), LightningDiT.load(run.file("dit.safetensors", "dit")).to(run.device)
     if model.meta["tokenizer"] != tok.fingerprint():
         raise CheckpointError(f"dit.safetensors was trained on latents of tokenizer {model.meta['tokenizer']}, but tokenizer.safetensors is {tok.fingerprint()}; run the stage 'dit' again")
+    if cfg.compile: compile_blocks(model, 2*cfg.evaluation.batch_size, cfg.precision)
     labels = torch.arange(cfg.sampling.n) % model.num_classes
     settings = settings_of(cfg, run.out/"dit.safetensors", "ema", tok, "balanced", run.device)
     for name,guided in _sets(cfg).items():
