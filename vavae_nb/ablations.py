@@ -524,19 +524,16 @@ def estimates(
     data:str="",         # As for `configuration`
     device:str="",       # The same
 )->list[tuple[str,int,str,float,float]]: # Name, seed, what there is, hours here, hours on an H800; of what is to be run
-    "What will run, what is already there, and the time that its arithmetic takes; a shared tokenizer counts once"
-    from vavae_nb.plan import device_hours, measured_rate, paper_rate, plan, share_of_peak
-    from vavae_nb.tensors import pick_device, resolve_precision
-    import torch
-    out, known = [], set()
-    where = pick_device(device or "auto")
-    here = share_of_peak[where.type]*measured_rate(where, torch.bfloat16 if resolve_precision(where, "auto") == "bf16" else torch.float32)
+    "What will run, what is already there, and the time that its arithmetic takes, at the speed of the first row's networks; a shared tokenizer counts once"
+    from vavae_nb.plan import device_hours, paper_rate, plan, step_rates
+    from vavae_nb.tensors import pick_device
+    out, known, here = [], set(), {}
     for seed in seeds:
         for row in rows:
             cfg, found = configuration(row, scale, seed, data, device), read_result(result_path(results, row, scale, seed))
             if found and found["status"] == "done":
                 out.append((row.name_at(scale), seed, "done, with other settings" if other_settings(found, cfg) else "done", 0., 0.)); continue
-            p, key = plan(cfg), _hash(_settings(tokenizer_part(cfg)))
+            p, key, here = plan(cfg), _hash(_settings(tokenizer_part(cfg))), here or step_rates(cfg, pick_device(cfg.device))
             shared = key in known
             if shared: p["stages"] = {k: v for k,v in p["stages"].items() if k not in ("tokenizer", "latents")}
             known.add(key)
