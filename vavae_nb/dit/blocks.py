@@ -63,7 +63,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12, self.w3 = linear(width, 2*hidden), linear(hidden, width)
     def forward(self, x:Tensor)->Tensor:
-        gate, up = self.w12(x).chunk(2, dim=-1)
+        gate, up = (F.linear(x, w, b) for w,b in zip(self.w12.weight.chunk(2), self.w12.bias.chunk(2)))
         return self.w3(F.silu(gate)*up)
 
 class Mlp(nn.Module):
@@ -110,15 +110,17 @@ class Rope2d(nn.Module):
     ):
         super().__init__()
         for name, table in zip(("freqs_cos", "freqs_sin"), rope_2d(head_dim, side)): self.register_buffer(name, table)
-    def forward(self)->Tensor: return torch.complex(self.freqs_cos[:,::2].float(), self.freqs_sin[:,::2].float())
+    def forward(self)->Tensor: return torch.stack([self.freqs_cos[:,::2], self.freqs_sin[:,::2]], -1).float()
 
 def apply_rope(
     x:Tensor,     # Queries or keys, (b, n, heads, head_dim)
-    phase:Tensor, # exp(i·angle) of each pair, (n, head_dim/2), complex
+    phase:Tensor, # Cosine and sine of each pair's angle, (n, head_dim/2, 2)
 )->Tensor:        # Like `x`, but in fp32
-    "Turn each pair of neighbouring entries by its token's angle: one complex product"
-    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs*phase[:,None]).flatten(-2)
+    "Turn each pair of neighbouring entries by its token's angle: one complex product, written out for compilers, which know none"
+    pairs, phase = at_least_fp32(x).unflatten(-1, (-1, 2)), phase[:,None]
+    if not torch.compiler.is_compiling(): return torch.view_as_real(torch.view_as_complex(pairs)*torch.view_as_complex(phase)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), phase.unbind(-1)
+    return torch.stack([a*cos-b*sin, a*sin+b*cos], -1).flatten(-2)
 
 # %% ../../nbs/30_dit.blocks.ipynb #0bfb9b5a
 def attend(
