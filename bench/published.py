@@ -4,6 +4,7 @@ Written from the paper and pinned by the golden vectors (tests/test_bench.py): n
 tables of interleaved cosines and sines, an average of the weights tensor by tensor, guidance that computes both halves at every step. Everything is
 a function of one of our models, so the weights are the same; of its code only the parameters are used (and the patches' order).
 """
+from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torchdiffeq import odeint
 from vavae_nb.dit.model import unpatchify
@@ -63,3 +64,12 @@ def sample(model, y, noise, ts, null_class, scale, start, channels=3):
     "Latents by Euler steps over the times, from a trajectory that is kept whole"
     f = lambda t, x: guided(model, x, t.item(), y, null_class, scale, start, channels)
     return odeint(f, torch.cat([noise, noise]), ts, method="euler")[-1].chunk(2)[0]
+
+def training_step(model, average, opt, xt, t, y, target, block=block, cast=nullcontext):
+    "Forward, backward, optimizer and average; the loss as a number, which waits for the device"
+    with cast(): out = forward(model, xt, t, y, block)
+    mse, cos = losses(out.float(), target)
+    loss = mse.mean()+cos.mean()
+    opt.zero_grad(); loss.backward(); opt.step()
+    update_ema(average, model)
+    return loss.item()

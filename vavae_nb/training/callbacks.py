@@ -154,7 +154,7 @@ class ClipGrad(Callback):
     ): self.max_norm = max_norm
     def before_step(self):
         params = [p for p,*_ in self.opt.all_params(with_grad=True)]
-        self.learn.grad_norm = nn.utils.clip_grad_norm_(params, self.max_norm or math.inf)
+        self.learn.grad_norm = nn.utils.clip_grad_norm_(params, self.max_norm) if self.max_norm else nn.utils.get_total_norm([p.grad for p in params])
         log_terms(self.learn, same=True, grad_norm=self.grad_norm)
 
 # %% ../../nbs/50_training.callbacks.ipynb #aaad4ff9
