@@ -138,7 +138,7 @@ def _factor(cov): # A with A Aᵀ = cov and as many columns as its rank, by Chol
     c,order,rank,_ = dpstrf(cov.numpy(), lower=1)
     A = np.empty((len(c), rank))
     A[order-1] = np.tril(c)[:, :rank]
-    return A
+    return torch.from_numpy(A)
 
 def frechet_distance(
     a:FeatureStats, # Of one set of features
@@ -148,7 +148,7 @@ def frechet_distance(
     if a.dim != b.dim and a.n and b.n: raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
     (_,t1,S1),(_,t2,S2) = sorted(((s.n, s.cov.trace().item(), s.cov) for s in (a, b)), key=lambda s: s[:2]) # Fewest samples, lowest rank
     A = _factor(S1)
-    fidelity = np.sqrt(np.linalg.eigvalsh(A.T@S2.numpy()@A).clip(0)).sum() # tr (S1^½ S2 S1^½)^½
+    fidelity = torch.linalg.eigvalsh(A.T@S2@A).clamp_min(0).sqrt().sum().item() # tr (S1^½ S2 S1^½)^½
     return max((a.mean-b.mean).square().sum().item()+t1+t2-2*fidelity, 0.)
 
 

@@ -7,7 +7,8 @@ __all__ = ['latent_vectors', 'tsne_2d', 'kde_at_points', 'density_cv', 'gini', '
            'uniformity', 'plot_density']
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #d4caf6fb
-import math
+import math, os
+from concurrent.futures import ThreadPoolExecutor
 import matplotlib.pyplot as plt, numpy as np, sklearn, torch
 from matplotlib.axes import Axes
 from sklearn.manifold import TSNE
@@ -51,7 +52,7 @@ def tsne_2d(
 # %% ../../nbs/42_metrics.uniformity.ipynb #11858eff
 def kde_at_points(
     points:Tensor,  # (n, d), d small
-    chunk:int=1024, # Points at a time; memory is chunk·n
+    chunk:int=256,  # Points at a time; memory is chunk²
 )->Tensor:          # Density, (n,), float64
     "Gaussian kernel density of the points at the points, bandwidth by Scott's rule"
     if points.ndim != 2: raise ShapeError(f"points must be (n, d); got {tuple(points.shape)}")
@@ -62,8 +63,14 @@ def kde_at_points(
         raise DataError(f"a density needs finite points that do not all lie on a line; got {n} points in {d} dimensions whose covariance is singular")
     L = L*n**(-1/(d+4)) # Scott: bandwidth n^(−1/(d+4)) in units of the covariance
     z = torch.linalg.solve_triangular(L, (x-x.mean(0)).T, upper=False).T
-    p = torch.cat([torch.exp(-.5*torch.cdist(c, z).square()).sum(1) for c in z.split(chunk)])
-    return p/(n*(2*math.pi)**(d/2)*L.diagonal().prod())
+    s,one = -.5*z.square().sum(1, keepdim=True), torch.ones(n, 1, dtype=z.dtype)
+    a,b,p = torch.cat([z, s, one], 1).split(chunk), torch.cat([z, one, s], 1).split(chunk), list(z.new_zeros(n).split(chunk))
+    for i in range(len(a)):
+        for j in range(i, len(a)): # The kernel is symmetric
+            k = (a[i]@b[j].T).exp_() # exp(−‖z_i − z_j‖²/2)
+            p[i] += k.sum(1)
+            if i != j: p[j] += k.sum(0)
+    return torch.cat(p)/(n*(2*math.pi)**(d/2)*L.diagonal().prod())
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #dbd7ec65
 def _positive(p): # float64; a density is not negative and not all zero
@@ -98,7 +105,7 @@ def normalised_entropy(
 def knn_distance_cv(
     vectors:Tensor, # (n, d), channel-normalised
     k:int=5,        # Which neighbour
-    chunk:int=1024, # Vectors at a time; memory is chunk·n
+    chunk:int=256,  # Vectors at a time; memory is chunk·n
 )->float:           # 0 on a lattice
     "Coefficient of variation of the distances to the k-th nearest neighbour: a companion that needs no t-SNE"
     if vectors.ndim != 2: raise ShapeError(f"vectors must be (n, d); got {tuple(vectors.shape)}")
@@ -118,12 +125,13 @@ def uniformity(
     "Uniformity of a latent space as published (Table 6): t-SNE to two dimensions, density there, three measures of its spread; and the companion"
     measures = dict(density_cv=density_cv, gini=gini, normalised_entropy=normalised_entropy)
     if runs < 1: raise DataError(f"uniformity is a mean over at least one run; got runs={runs}")
-    rows = []
-    for run in progress(range(seed, seed+runs), "uniformity", unit="run") if n*runs > 20000 else range(seed, seed+runs):
+    def one(run):
         v = latent_vectors(latents, n, make_generator(run, "uniformity"))
         p = kde_at_points(tsne_2d(v, run, perplexity))
-        rows.append([f(p) for f in measures.values()]+[knn_distance_cv(v)])
-    rows,names = np.array(rows),[*measures, "knn_distance_cv"]
+        return [f(p) for f in measures.values()]+[knn_distance_cv(v)]
+    with threadpool_limits(1), ThreadPoolExecutor(min(runs, os.cpu_count())) as pool: # A core a run
+        done = pool.map(one, range(seed, seed+runs))
+        rows,names = np.array(list(progress(done, "uniformity", runs, "run") if n*runs > 20000 else done)),[*measures, "knn_distance_cv"]
     std = rows.std(0, ddof=1).tolist() if runs > 1 else [None]*len(names)
     published = (n, runs, perplexity) == (10000, 10, 30)
     return {**dict(zip(names, rows.mean(0).tolist())), **{f"{k}_std": v for k,v in zip(names, std)},
