@@ -1,4 +1,4 @@
-"The site: pages staged as nbdev does, a sidebar that lists them all, links that lead somewhere, every exported name shown; rendered where Quarto is"
+"The site: pages staged as nbdev does and mended, a sidebar that lists them all, links that lead somewhere, every exported name shown with its code; rendered where Quarto is"
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC = ROOT/"nbs", ROOT/"_proc"
 sys.path.append(str(ROOT/"tools"))
 from rooms import notebooks, source, svg
+from stage import sidebar
 PAGES = sorted(p.name for p in NBS.glob("*.ipynb"))
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -76,15 +77,54 @@ def test_every_exported_name_is_shown(staged):
     "With its source, a docstring, and a word on the parameters of functions that have several"
     wrong, n = [], 0
     for path,module in ((p, m) for p,m in notebooks().items() if m):
-        docs = {m[1]: shown(c) for c in cells(staged/path.name, "code") if (m := re.search(r"show_doc\((\w+)", text(c)))}
+        docs = {m[1]: shown(c) for c in cells(staged/path.name, "code") if (m := re.search(r"show_doc\((\w+)\)", text(c)))}
         for name,node in definitions(module).items():
             doc, n = docs.get(name, ""), n+1
             signature = re.search(r"```python\n(.*?)```", doc, re.S)
             annotated = isinstance(node, ast.FunctionDef) and sum(bool(a.annotation) for a in node.args.args+node.args.kwonlyargs) > 1
             if not (signature and "[source](https://" in doc and re.search(r"^\*.+\*$", doc, re.M|re.S)): wrong.append(f"{module}.{name}")
-            elif annotated and not re.search("# |:<", signature[1]): wrong.append(f"{module}.{name}: no parameter documented")
-            if signature and "](" in signature[1]: wrong.append(f"{module}.{name}: a link within code")
+            elif annotated and "# " not in signature[1]: wrong.append(f"{module}.{name}: no parameter documented")
+            if signature and re.search(r"\]\(|:<|__main__", signature[1]): wrong.append(f"{module}.{name}: not as one would write it")
+            if signature and signature[1].startswith("class") != isinstance(node, ast.ClassDef): wrong.append(f"{module}.{name}: function or class?")
     assert n > 300 and wrong == []
+
+def test_exported_code_can_be_unfolded(staged):
+    "After its documentation, which is in the code's order"
+    wrong = []
+    for path,module in ((p, m) for p,m in notebooks().items() if m):
+        docs, code, names = {}, {}, list(definitions(module))
+        for i,c in enumerate(cells(staged/path.name, "code")):
+            if m := re.search(r"^show_doc\((\w+)\)", text(c), re.M): docs[m[1]] = i
+            if m := re.search(r'^#\| code-summary: "Code of (.*)"$', text(c), re.M): code |= dict.fromkeys(m[1].split(", "), i)
+        wrong += [f"{module}.{n}" for n in names if n not in code or code[n] < docs[n]]
+        if [n for n in docs if n in names] != names: wrong.append(f"{module}: in another order")
+    assert wrong == []
+
+def test_pages_say_what_they_are_about(staged):
+    texts = sidebar(yaml.safe_load((NBS/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    fronts = {n: yaml.safe_load(text(cells(staged/n, "raw")[0]).split("---")[1]) for n in PAGES}
+    modules = {p.name: m for p,m in notebooks().items() if m}
+    assert {n: f["title"] for n,f in fronts.items() if n in modules and f["title"] != texts[n]} == {}
+    assert {n for n,m in modules.items() if f"vavae_nb.{m}" not in (fronts[n]["title"], fronts[n].get("subtitle", "").strip("`"))} == set()
+    assert all(f["description"] for f in fronts.values()) and len({f["title"] for f in fronts.values()}) == len(PAGES)
+
+def test_no_output_wants_a_kernel(staged):
+    assert {n for n in PAGES for c in cells(staged/n, "code") for o in c["outputs"] if any("widget" in k or "javascript" in k for k in o.get("data", {}))} == set()
+
+def test_measurements_are_all_on_their_page():
+    body = "".join(shown(c) for c in cells(NBS/"results.ipynb", "code"))
+    missing = [p.name for p in (ROOT/"results").glob("*.json") if f"results/{p.name})" not in body or json.loads(p.read_text(encoding="utf-8"))["commit"][:8] not in body]
+    assert missing == [], "run tools/notebooks.py run nbs/results.ipynb"
+
+@pytest.mark.skipif(not shutil.which("node"), reason="Node.js is not on the PATH")
+def test_sliders_of_the_page_compute_what_the_widget_does(staged):
+    from vavae_nb.explorer import Times
+    page = (NBS/"times.html").read_text(encoding="utf-8")
+    assert page in "".join(map(text, cells(staged/"91_explorer.ipynb", "markdown")))
+    times, js = Times(), re.search(r"^const sigmoid.*?^}$", page, re.M|re.S)[0]
+    for mean,std,shift in ((0., 1., .3), (-1.2, 1.7, .3), (1., .5, 2.)):
+        out = subprocess.run(["node", "-e", f"{js}; console.log(JSON.stringify(numbers({mean}, {std}, {shift})))"], capture_output=True, text=True, check=True).stdout
+        assert {k: pytest.approx(v, abs=.01) for k,v in json.loads(out).items() if k != "curves"} == {k: v for k,v in times.at(mean=mean, std=std, shift=shift).items() if k in out}
 
 def test_architecture_shows_the_rooms_of_today():
     assert svg() in ["".join(o["data"].get("image/svg+xml", "")) for c in cells(NBS/"architecture.ipynb", "code") for o in c["outputs"]], "run tools/notebooks.py run nbs/architecture.ipynb"
@@ -101,7 +141,7 @@ needs_quarto = pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is 
 @needs_quarto
 def test_a_page_is_rendered(staged, tmp_path):
     html = (rendered(staged, tmp_path/"site", "14_tokenizer.vf_loss.ipynb")/"tokenizer.vf_loss.html").read_text(encoding="utf-8")
-    for part in ("quarto-color-scheme-toggle", "quarto-search", 'id="vfloss"', "katex", "blob/main/vavae_nb/tokenizer/vf_loss.py#L", "nbs/14_tokenizer.vf_loss.ipynb", "issues/new"): assert part in html, part
+    for part in ("quarto-color-scheme-toggle", "quarto-search", 'id="vfloss"', "katex", "blob/main/vavae_nb/tokenizer/vf_loss.py#L", "nbs/14_tokenizer.vf_loss.ipynb", "issues/new", '<details class="code-fold">'): assert part in html, part
     assert all(f"<span class=\"menu-text\">{s}</span>" in html for s in ("Start", "Derivations", "Tokenizer", "Results", "Reference"))
 
 @needs_quarto
