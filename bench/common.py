@@ -45,9 +45,9 @@ def timed(f, *args, device=torch.device("cpu")):
     synchronize(device)
     return out, time.perf_counter()-wall, time.process_time()-cpu
 
-def take_turns(sides, rounds, device=torch.device("cpu"), args=tuple):
+def take_turns(sides, rounds, device=torch.device("cpu"), args=tuple, warm=False):
     "Seconds of each side (name → function), once a round, first one then the other in front; `args` makes what a call is given, outside its time"
-    for f in sides.values(): timed(f, *args(), device=device) # Warm-up
+    for f in () if warm else sides.values(): timed(f, *args(), device=device) # Warm-up
     out = {name: dict(wall=[], cpu=[]) for name in sides}
     for r in range(rounds):
         for name in list(sides)[::-1 if r % 2 else 1]:
