@@ -1,0 +1,67 @@
+"""Precision and recall: distances a pair of blocks at a time, against the dense form.
+
+    python bench/precision_recall.py [--n 4000] [--dim 2048] [--threads 2] [--rounds 3]
+
+Baseline: the dense form, that of torch-fidelity: `torch.cdist` of whole sets, `kthvalue`, comparisons; in float64 as ours decides, and as a row
+of its own in fp32, torch-fidelity's default, which may differ in features on a ball's edge (to 1e-3). Ours: `precision_recall`, with chunks of
+1,024 (on a GPU 8,192). Both where the features are: on the GPU if there is one. Features are synthetic, with falling variances, non-negative as pooled ones are. Precision and
+recall must be the same to 1e-6. Sets are as large as fit in the time, so 50,000 × 50,000 is for a machine where that is a minute or two: with
+--n 50000 the dense form takes 60 GB; --ours measures ours alone. Memory is the highest resident set of a process a side (Linux), or the GPU's, less
+the features. Writes results/bench-precision-recall.json.
+"""
+import subprocess, sys
+from pathlib import Path
+import torch
+from common import agree, compare, options, save, show, start, take_turns, timed
+from vavae_nb.metrics.distribution import precision_recall
+from vavae_nb.tensors import generator
+
+p = options(__doc__, rounds=3)
+p.add_argument("--n", type=int, help="features in each set (default: 4,000; on a GPU 20,000)")
+p.add_argument("--dim", type=int, default=2048, help="of the features (default: 2048)")
+p.add_argument("--ours", type=int, help="measure ours, once and alone, with so many features too (default: none; on a GPU 50,000)")
+p.add_argument("--only", help="run this side once and print the memory that it took, as the processes of this command do")
+a = start(p)
+gpu = a.device.type == "cuda"
+n, alone = a.n or (20000 if gpu else 4000), a.ours or (50000 if gpu else 0)
+
+def features(n):
+    mix = torch.randn(64, a.dim, generator=generator(0, "mix"))*torch.arange(1., 65)[:,None]**-.5
+    draw = lambda what, scale: (scale*torch.randn(n, 64, generator=generator(0, what))@mix+torch.randn(n, a.dim, generator=generator(0, what+", rest"))).relu_()
+    return draw("samples", 1.05), draw("reference", 1.)
+
+def dense(f, g):
+    rf, rg = (torch.cdist(o, o).kthvalue(4).values for o in (f, g)) # The nearest is the feature itself
+    d = torch.cdist(f, g)
+    return torch.stack([(d <= rg).any(1).double().mean(), (d <= rf[:,None]).any(0).double().mean()]).cpu()
+def ours(f, g): return torch.tensor([m.value for m in precision_recall(f, g, "synthetic", "synthetic", chunk=8192 if gpu else 1024)])
+def resident(): return 1024*int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) # At its highest (Linux)
+
+f, g = (o.to(a.device) for o in features(n))
+sides = {"float64": lambda: dense(f.double(), g.double()), "fp32": lambda: dense(f, g), "ours": lambda: ours(f, g)}
+if a.only:
+    ours(f[:8], g[:8]) # What the first call of anything loads
+    before = resident(); sides[a.only](); print(resident()-before); sys.exit()
+
+def peak(name):
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        sides[name](); return torch.cuda.max_memory_allocated()-before
+    here = [sys.executable, __file__, "--device", a.device.type, "--threads", str(a.threads), "--n", str(n), "--dim", str(a.dim), "--only", name]
+    return int(subprocess.run(here, capture_output=True, text=True, check=True).stdout)
+
+value = {}
+def keep(name): value[name] = sides[name]()
+times = take_turns({k: lambda k=k: keep(k) for k in sides}, a.rounds, a.device)
+rows = {f"dense, {k}": compare(times, k) | dict(error=agree(value["ours"], value[k], tol, k), baseline_mb=round(peak(k)/1e6)) for k,tol in (("float64", 1e-6), ("fp32", 1e-3))}
+show(rows, goal=2)
+mb = round(peak("ours")/1e6)
+used = ", ".join(f"{k} {r['baseline_mb']:,} MB" for k,r in rows.items())
+print(f"memory beside the features: {used}, ours {mb:,} MB")
+result = dict(rows=rows, goals={"dense, float64": 2}, n=n, dim=a.dim, precision_and_recall=value["ours"].tolist(), ours_mb=mb)
+if alone:
+    f, g = (o.to(a.device) for o in features(alone))
+    out, wall, _ = timed(ours, f, g, device=a.device)
+    print(f"ours alone, {alone:,} × {alone:,}: {wall:.1f} s")
+    result |= dict(alone=dict(n=alone, wall_s=wall, precision_and_recall=out.tolist()))
+save(a, __doc__, result)
