@@ -192,12 +192,12 @@ def _not_images(images): # What is wrong with an array, and what to do
            "images with an alpha channel; put them on a background, or drop it, x[..., :3]" if len(s) == 4 and 4 in (s[1], s[-1]) else "")
     return DataError(f"images must be (n, H, W, 3) uint8 or (n, 3, H, W) floats in [−1, 1], got {s} {kind}" + (f": {why}" if why else ""))
 
-def _source(images): # (number, (first, last, flip) -> batch, fingerprint or None)
+def _source(images, device="cpu"): # (number, (first, last, flip) -> batch, fingerprint or None); 8-bit images go to the device as such, a quarter of the bytes
     if hasattr(images, "batch") and hasattr(images, "fingerprint"):
         return len(images), lambda i,j,flip: images.batch(np.arange(i, j), flip), images.fingerprint
     if not isinstance(images, (np.ndarray, Tensor)): raise DataError(f"images must be an array, a tensor or a data set with a fingerprint, not {type(images).__name__}")
     if images.dtype == object: raise _not_images(images)
-    part = lambda i,j: torch.from_numpy(np.array(images[i:j])) if isinstance(images, np.ndarray) else images[i:j] # Memory-mapped arrays stay on disk
+    part = lambda i,j: (torch.from_numpy(np.array(images[i:j])) if isinstance(images, np.ndarray) else images[i:j]).to(device) # Memory-mapped arrays stay on disk
     x = part(0, 1)
     if x.ndim == 4 and x.dtype == torch.uint8 and x.shape[-1] == 3: get = lambda x: x.permute(0, 3, 1, 2).float()/127.5-1
     elif x.ndim == 4 and x.is_floating_point() and x.shape[1] == 3: get = lambda x: x
@@ -217,14 +217,14 @@ def feature_batches(
     spatial:bool=False,         # With the spatial features of sFID
 )->Iterator[tuple[np.ndarray,...]]: # (features,) or (features, spatial) of each batch, float32
     "Features batch by batch, never cached; images and features are checked as they pass. Several processes share the work, and each gets all"
-    n,fetch,_ = _source(images)
+    n,fetch,_ = _source(images, extractor.device)
     if n == 0: raise DataError("no images to extract features from")
     batches = shared_batches(n, batch_size)
     for rows,together in progress(batches, f"{extractor.name} features", unit="batch") if len(batches) > 8 and is_first() else batches:
-        i, x = rows.start, fetch(rows.start, rows.stop, flip)
+        i, x = rows.start, fetch(rows.start, rows.stop, flip).to(extractor.device)
         _refuse(~x.isfinite(), i, "image {} holds NaN or infinity")
         _refuse(x.abs() > 1+1e-3, i, "image {} leaves [−1, 1]; scale the images, and clamp what a decoder gives as saving it would")
-        with autocast(extractor.device, precision): out = extractor(x.to(extractor.device), spatial=True) if spatial else (extractor(x.to(extractor.device)),)
+        with autocast(extractor.device, precision): out = extractor(x, spatial=True) if spatial else (extractor(x),)
         for f in out: _refuse(~f.isfinite(), i, f"the {extractor.name} features of image {{}} are not finite in {precision}; use precision='fp32'")
         yield tuple(together(f).cpu().numpy() for f in out)
 
