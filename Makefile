@@ -10,7 +10,11 @@ TEST_TIMEOUT ?= 240
 # Bytecode is kept even where an image says not to: without it every process compiles torch again (torchvision: 14 s of CPU, not 4)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup train test test-slow docs docs-serve export notebooks clean
+# What is measured against a baseline, quick ones first
+BENCH := startup ema distance_matrix latent_loading precision_recall fid dit_step sampling autoencoder tokenizer_step extraction uniformity
+BENCH_GPU := ema distance_matrix dit_step sampling autoencoder tokenizer_step extraction fid precision_recall scaling
+
+.PHONY: help setup train test test-slow bench bench-gpu docs docs-serve export notebooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +42,12 @@ test: setup ## export in sync, every notebook, pytest with the site's pages stag
 test-slow: test ## make test, and what is flagged slow
 	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800 --workers 1
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
+
+bench: setup ## measure speed against what one would otherwise run, on the CPU, into results/; under 15 minutes on 2 quiet cores
+	@for b in $(BENCH); do echo "$$b"; $(BIN)/python bench/$$b.py --device cpu || exit 1; done
+
+bench-gpu: setup ## the same for a GPU, into results/bench-NAME-gpu.json
+	@for b in $(BENCH_GPU); do echo "$$b"; $(BIN)/python bench/$$b.py --device cuda --out results/bench-$${b//_/-}-gpu.json || exit 1; done
 
 docs: setup ## build the site into _docs with Quarto (QUARTO=pip takes it from PyPI's quarto-cli, which needs the open web)
 	@[ "$(QUARTO)" != pip ] || $(BIN)/uv pip install --quiet --python $(BIN)/python quarto-cli || { echo "quarto-cli could not be installed: it downloads Quarto from the open web"; exit 1; }
