@@ -61,14 +61,14 @@ def kid(
 # %% ../../nbs/44_metrics.distribution.ipynb #44d1000e
 def _rough(f, centre): # Rows about a centre, in fp32 on the CPU, which takes half the time; their squared lengths
     x = f-centre
-    if not f.is_cuda: x = x.float()
-    return x, x.square().sum(1)
+    s = x.square().sum(1)
+    return (x, s) if f.is_cuda else (x.float(), s.float())
 
-def _squared(x, i, y, j): # Distances of rows i and j as one product, and a bound on its rounding (Higham 2002, sec. 3.1, doubled)
+def _squared(x, i, y, j): # Distances of rows i and j as one product, and a bound on its rounding (Higham 2002, sec. 3.1)
     s = x[1][i,None]+y[1][j]
     return torch.addmm(s, x[0][i], y[0][j].T, alpha=-2), _rounding(x)*s
 
-def _rounding(x): return (x[0].shape[1]+8)*torch.finfo(x[0].dtype).eps
+def _rounding(x): return (x[0].shape[1]/2+8)*torch.finfo(x[0].dtype).eps
 
 def _blocks(n, chunk, first=0): return (slice(i, i+chunk) for i in range(first, n, chunk))
 
