@@ -1,6 +1,6 @@
 """Precision and recall: distances a pair of blocks at a time, against the dense form.
 
-    python bench/precision_recall.py [--n 4000] [--dim 2048] [--threads 2] [--rounds 3]
+    python bench/precision_recall.py [--n 6000] [--dim 2048] [--threads 2] [--rounds 2]
 
 Baseline: the dense form, that of torch-fidelity: `torch.cdist` of whole sets, `kthvalue`, comparisons; in float64 as ours decides, and as a row
 of its own in fp32, torch-fidelity's default, which may differ in features on a ball's edge (to 1e-3). Ours: `precision_recall`, with chunks of
@@ -16,14 +16,14 @@ from common import agree, compare, options, save, show, start, take_turns, timed
 from vavae_nb.metrics.distribution import precision_recall
 from vavae_nb.tensors import generator
 
-p = options(__doc__, rounds=3)
-p.add_argument("--n", type=int, help="features in each set (default: 4,000; on a GPU 20,000)")
+p = options(__doc__, rounds=2)
+p.add_argument("--n", type=int, help="features in each set (default: 6,000; on a GPU 20,000)")
 p.add_argument("--dim", type=int, default=2048, help="of the features (default: 2048)")
 p.add_argument("--ours", type=int, help="measure ours, once and alone, with so many features too (default: none; on a GPU 50,000)")
 p.add_argument("--only", help="run this side once and print the memory that it took, as the processes of this command do")
 a = start(p)
 gpu = a.device.type == "cuda"
-n, alone = a.n or (20000 if gpu else 4000), a.ours or (50000 if gpu else 0)
+n, alone = a.n or (20000 if gpu else 6000), a.ours or (50000 if gpu else 0)
 
 def features(n):
     mix = torch.randn(64, a.dim, generator=generator(0, "mix"))*torch.arange(1., 65)[:,None]**-.5
