@@ -37,7 +37,7 @@ def theirs():
         found.append([f(q) for f in (density_cv, gini, normalised_entropy)])
     out["baseline"] = np.array(found)
 def ours(): out["ours"] = uniformity(latents, a.n, a.runs)
-rows["uniformity"] = compare(take_turns(dict(baseline=theirs, ours=ours), a.rounds))
+rows["uniformity"] = compare(take_turns(dict(baseline=theirs, ours=ours), a.rounds, warm=True))
 found = {k: dict(baseline=out["baseline"][:, i].mean(), ours=out["ours"][k]) for i,k in enumerate(("density_cv", "gini", "normalised_entropy"))}
 if a.runs > 1:
     both = found["density_cv"] | dict(baseline_std=out["baseline"][:, 0].std(ddof=1), ours_std=out["ours"]["density_cv_std"])

@@ -62,7 +62,8 @@ def kid(
 def _rough(f, centre): # Rows about a centre, in fp32 on the CPU, which takes half the time; their squared lengths
     x = f-centre
     s = x.square().sum(1)
-    return (x, s) if f.is_cuda else (x.float(), s.float())
+    exact = f.is_cuda or torch.get_float32_matmul_precision() != "highest" # Products in fewer bits would break the bound
+    return (x, s) if exact else (x.float(), s.float())
 
 def _squared(x, i, y, j): # Distances of rows i and j as one product, and a bound on its rounding (Higham 2002, sec. 3.1)
     s = x[1][i,None]+y[1][j]
