@@ -1,6 +1,6 @@
 """FID: the Fréchet step of 2048-dimensional features, and the Inception features themselves, against torch-fidelity and scipy's matrix root.
 
-    python bench/fid.py [--images 64] [--dim 2048] [--rounds 3]
+    python bench/fid.py [--images 64] [--dim 2048] [--rounds 2]
 
 Fréchet step, from means and covariances of 10,000 features each (float64, made once, outside the time): baselines are `scipy.linalg.sqrtm` of the
 product of the covariances, as clean-fid and pytorch-fid take it, and its eigenvalues by `numpy.linalg.eigvals`, as torch-fidelity 0.4 does (a row
@@ -18,7 +18,7 @@ from vavae_nb.metrics.quality import FeatureStats, frechet_distance
 from vavae_nb.pretrained import inception_network
 from vavae_nb.tensors import generator
 
-p = options(__doc__, rounds=3)
+p = options(__doc__, rounds=2)
 p.add_argument("--images", type=int, help="whose features are taken (default: 64; on a GPU 10,000)")
 p.add_argument("--size", type=int, default=256, help="of the images, pixels (default: 256)")
 p.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
