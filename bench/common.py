@@ -8,13 +8,15 @@ Scripts are run by `python bench/NAME.py`, which finds this module beside them, 
     show({"a step": row}, goal=1.15)
     save(a, __doc__, row | dict(rel_err=error, goal=1.15))         # Versions, commit, device and threads are added
 """
-import argparse, json, shlex, statistics, sys, time
+import argparse, json, shlex, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch
+from vavae_nb.commands import keep_freed_memory
 from vavae_nb.core import atomic_write
 from vavae_nb.generate import versions
 from vavae_nb.tensors import pick_device, rel_err, seed_everything, set_tf32
 
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
 ROOT = Path(__file__).resolve().parent.parent
 commit = versions(torch.device("cpu"))["commit"] # Of the code that was loaded
 
@@ -28,8 +30,9 @@ def options(doc, rounds=5, threads=2, device="auto"):
     return p
 
 def start(p, precision="fp32"):
-    "The options given, with `device` a torch device; threads, seeds and the precision of products set (fp32: no TF32)"
+    "The options given, with `device` a torch device; threads, seeds and the precision of products set (fp32: no TF32), and memory as every command takes it, for both sides"
     a = p.parse_args()
+    keep_freed_memory()
     a.device, a.precision = pick_device(a.device), precision
     torch.set_num_threads(a.threads); seed_everything(0); set_tf32(a.device, precision)
     return a
@@ -73,9 +76,21 @@ def agree(actual, expected, tolerance, what):
     return error
 
 def memory():
-    "Resident memory of this process in MB: its own, and that of mapped files (Linux)"
+    "Resident memory of this process in MB: its own, that of mapped files, and its highest (Linux)"
     lines = (l.split(":") for l in Path("/proc/self/status").read_text().splitlines())
-    return {k: int(v.split()[0])/1024 for k,v in lines if k in ("RssAnon", "RssFile")}
+    return {k: int(v.split()[0])*1.024e-3 for k,v in lines if k in ("RssAnon", "RssFile", "VmHWM")}
+
+def peak(f, device, alone):
+    "MB that a call of f takes at its highest: of the GPU here; on a CPU in a process of its own, this script with the options `alone`, which ends in `print_peak`"
+    if device.type != "cuda": return float(subprocess.run([sys.executable, sys.argv[0], *map(str, alone)], capture_output=True, text=True, check=True).stdout)
+    torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+    f()
+    return (torch.cuda.max_memory_allocated()-before)/1e6
+
+def print_peak(f):
+    "What `peak` reads, and the end of the process"
+    before = memory()["VmHWM"]
+    f(); print(memory()["VmHWM"]-before); sys.exit()
 
 def show(rows, goal=None):
     "A line a row: medians, ratio and quartiles by the row's clock"

@@ -8,10 +8,8 @@ Maps are random, with a part common to all positions, so that margins are met by
 by 16 as random cosines are small. Memory is the most that one call needs beyond its inputs: on a GPU as its allocator counts it, on the CPU by the
 resident set of a process of its own for each size and side (Linux). Writes results/bench-distance-matrix.json.
 """
-import subprocess, sys
-from pathlib import Path
 import torch
-from common import agree, compare, options, save, show, start, take_turns
+from common import agree, compare, options, peak, print_peak, save, show, start, take_turns
 from vavae_nb.tensors import generator
 from vavae_nb.tokenizer.vf_loss import distmat_loss
 
@@ -32,26 +30,18 @@ def sides(z, f):
     def run(block): loss = distmat_loss(z, f, margin, block); return loss.detach(), *torch.autograd.grad(loss, z)
     return dict(baseline=lambda: run(z.shape[2]*z.shape[3]), ours=lambda: run(512))
 
-def peak(f, side, name):
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        f(); return torch.cuda.max_memory_allocated()-before
-    here = ["--device", "cpu", "--threads", str(a.threads), "--channels", str(a.channels), "--batch", str(a.batch)]
-    return int(subprocess.run([sys.executable, __file__, *here, "--only", name, "--sides", str(side)], capture_output=True, text=True, check=True).stdout)
-
-def resident(): return 1024*int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) # At its highest (Linux)
-
 if a.only:
     sides(*maps(4))["ours"]() # What the first call of anything loads
-    f, before = sides(*maps(a.sides[0]))[a.only], resident()
-    f(); print(resident()-before); sys.exit()
+    print_peak(sides(*maps(a.sides[0]))[a.only])
+
+alone = ["--device", "cpu", "--threads", a.threads, "--channels", a.channels, "--batch", a.batch]
 
 rows = {}
 for side in a.sides:
     both = sides(*maps(side))
     (l0, g0), (l1, g1) = both["baseline"](), both["ours"]()
     errors = dict(loss_rel_err=agree(l1, l0, 1e-6, "the loss"), gradient_rel_err=agree(g1, g0, 1e-5, "the gradient"))
-    mb = {f"{name}_mb": round(peak(f, side, name)/1e6, 1) for name,f in both.items()}
+    mb = {f"{name}_mb": round(peak(f, a.device, [*alone, "--sides", side, "--only", name]), 1) for name,f in both.items()}
     rows[f"{side}×{side}"] = compare(take_turns(both, a.rounds, a.device)) | errors | mb | dict(positions=side*side, positions_silent=(g0.abs().amax(1) == 0).float().mean().item())
 show(rows)
 for k,r in rows.items(): print(f"{k}: {r['baseline_mb']:,.0f} MB dense, {r['ours_mb']:,.0f} MB ours")

@@ -11,8 +11,8 @@ on a CPU `tiny` at 8×8 (the recipe's batch of 32). Writes results/bench-dit-ste
 import copy, gc, statistics, time
 from functools import partial
 import torch
-from fastai.callback.core import Callback
 from common import agree, compare, options, save, show, start, synchronize, timed
+from fastai.callback.core import Callback
 from published import block, training_step
 from vavae_nb.config import DiTTraining
 from vavae_nb.dit.model import compile_blocks, count_params, create_dit, flops_per_image
@@ -69,7 +69,7 @@ def measure(size, compiled, batch, side):
     errors = dict(loss=agree(*losses.T, tolerance, "losses"), weights=((ours-published).norm()/published.norm()).item(),
                   average=agree(whole(learn.ema.average[k] for k in average), whole(average.values()), tolerance, "average"))
     assert errors["weights"] < tolerance, f"weights differ by {errors['weights']:.1e}"
-    images = {who: batch/statistics.median(turns.times[side]["wall"]) for who,side in (("ours", "ours"), ("baseline", "baseline"))}
+    images = {who: batch/statistics.median(turns.times[who]["wall"]) for who in ("ours", "baseline")}
     return row | dict(size=size, compiled=compiled, batch=batch, tokens=side**2, parameters=count_params(model), errors=errors, images_per_second=images,
                       share_of_matrix_rate={k: v*3*flops_per_image(model)/rate for k,v in images.items()})
 

@@ -9,10 +9,8 @@ recall must be the same to 1e-6. Sets are as large as fit in the time, so 50,000
 --n 50000 the dense form takes 60 GB; --ours measures ours alone. Memory is the highest resident set of a process a side (Linux), or the GPU's, less
 the features. Writes results/bench-precision-recall.json.
 """
-import subprocess, sys
-from pathlib import Path
 import torch
-from common import agree, compare, options, save, show, start, take_turns, timed
+from common import agree, compare, options, peak, print_peak, save, show, start, take_turns, timed
 from vavae_nb.metrics.distribution import precision_recall
 from vavae_nb.tensors import generator
 
@@ -35,27 +33,21 @@ def dense(f, g):
     d = torch.cdist(f, g)
     return torch.stack([(d <= rg).any(1).double().mean(), (d <= rf[:,None]).any(0).double().mean()]).cpu()
 def ours(f, g): return torch.tensor([m.value for m in precision_recall(f, g, "synthetic", "synthetic", chunk=8192 if gpu else 1024)])
-def resident(): return 1024*int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) # At its highest (Linux)
 
 f, g = (o.to(a.device) for o in features(n))
 sides = {"float64": lambda: dense(f.double(), g.double()), "fp32": lambda: dense(f, g), "ours": lambda: ours(f, g)}
 if a.only:
     ours(f[:8], g[:8]) # What the first call of anything loads
-    before = resident(); sides[a.only](); print(resident()-before); sys.exit()
+    print_peak(sides[a.only])
 
-def peak(name):
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        sides[name](); return torch.cuda.max_memory_allocated()-before
-    here = [sys.executable, __file__, "--device", a.device.type, "--threads", str(a.threads), "--n", str(n), "--dim", str(a.dim), "--only", name]
-    return int(subprocess.run(here, capture_output=True, text=True, check=True).stdout)
+def megabytes(name): return round(peak(sides[name], a.device, ["--device", "cpu", "--threads", a.threads, "--n", n, "--dim", a.dim, "--only", name]))
 
 value = {}
 def keep(name): value[name] = sides[name]()
 times = take_turns({k: lambda k=k: keep(k) for k in sides}, a.rounds, a.device)
-rows = {f"dense, {k}": compare(times, k) | dict(error=agree(value["ours"], value[k], tol, k), baseline_mb=round(peak(k)/1e6)) for k,tol in (("float64", 1e-6), ("fp32", 1e-3))}
+rows = {f"dense, {k}": compare(times, k) | dict(error=agree(value["ours"], value[k], tol, k), baseline_mb=megabytes(k)) for k,tol in (("float64", 1e-6), ("fp32", 1e-3))}
 show(rows, goal=2)
-mb = round(peak("ours")/1e6)
+mb = megabytes("ours")
 used = ", ".join(f"{k} {r['baseline_mb']:,} MB" for k,r in rows.items())
 print(f"memory beside the features: {used}, ours {mb:,} MB")
 result = dict(rows=rows, goals={"dense, float64": 2}, n=n, dim=a.dim, precision_and_recall=value["ours"].tolist(), ours_mb=mb)

@@ -31,14 +31,8 @@ def staged():
     assert r.returncode == 0, r.stderr
     return PROC
 
-def entries(o):
-    "The pages of a sidebar, in order"
-    if isinstance(o, str): return [o]
-    if isinstance(o, list): return [p for e in o for p in entries(e)]
-    return entries(o["contents"]) if "contents" in o else [o["href"]]
-
 def test_sidebar_lists_every_notebook_once():
-    listed = entries(yaml.safe_load((NBS/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    listed = [name for name,_ in sidebar()]
     assert sorted(listed) == PAGES
     assert len({page(p) for p in PAGES}) == len(PAGES), "two notebooks would be one page"
 
@@ -101,7 +95,7 @@ def test_exported_code_can_be_unfolded(staged):
     assert wrong == []
 
 def test_pages_say_what_they_are_about(staged):
-    texts = sidebar(yaml.safe_load((NBS/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    texts = dict(sidebar())
     fronts = {n: yaml.safe_load(text(cells(staged/n, "raw")[0]).split("---")[1]) for n in PAGES}
     modules = {p.name: m for p,m in notebooks().items() if m}
     assert {n: f["title"] for n,f in fronts.items() if n in modules and f["title"] != texts[n]} == {}

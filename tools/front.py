@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from vavae_nb.ablations import configuration, run_folder, tables
-from vavae_nb.data import embedded
+from vavae_nb.data import embedded, first_of_each
 from vavae_nb.figures import picture
 from vavae_nb.generate import load_samples
 from vavae_nb.tokenizer.autoencoder import Autoencoder
@@ -22,20 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def strip(images): # (n, 3, h, w) in [-1, 1] -> (h, n·w, 3) in [0, 1]
     return torch.cat(list((images.clamp(-1, 1)+1)/2), -1).permute(1, 2, 0)
 
-def first_of_each(labels): return [list(labels).index(c) for c in range(10)]
-
 def main(runs):
     test = embedded("test")
-    real = test.batch(first_of_each(test.labels))
-    rows = [("photographs", strip(real))]
-    made = []
+    by_class = lambda labels: sorted(first_of_each(labels, 10), key=lambda i: labels[i])
+    real = test.batch(by_class(test.labels))
+    rows, made = [("photographs", strip(real))], []
     for name,title in (("f16d64-none-b", "without VF loss"), ("f16d64-dinov2-b", "with VF loss")):
         row = next(r for r in tables["table2"].rows if r.name == name)
         folder = run_folder(row, configuration(row, "cpu", 0), "cpu", runs)
         tok = Autoencoder.load(folder/"tokenizer.safetensors")
         with torch.no_grad(): rows.append((f"reconstructed,\n{title}", strip(tok.decode(tok.encode(real, sample=False)))))
         images, labels = load_samples(folder/"samples_unguided.npz")
-        made.append((f"generated,\n{title}", strip(torch.from_numpy(images[first_of_each(labels)]).permute(0, 3, 1, 2)/127.5-1)))
+        made.append((f"generated,\n{title}", strip(torch.from_numpy(images[by_class(labels)]).permute(0, 3, 1, 2)/127.5-1)))
     rows += made
     fig, axs = plt.subplots(len(rows), 1, figsize=(8.6, 4.15), dpi=110)
     for ax,(label,image) in zip(axs, rows):

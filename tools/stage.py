@@ -15,14 +15,15 @@ from nbdev.frontmatter import _dict2fm
 from nbdev.process import Processor
 from vavae_nb import _modidx
 
-def sidebar(o):
-    "The text of each page in a sidebar, by its notebook"
-    return {k: v for e in o for k,v in (sidebar(e["contents"]) if "contents" in e else {e["href"]: e["text"]}).items()}
+def sidebar():
+    "The notebook and the text of each page in the sidebar, in order"
+    flat = lambda o: [page for e in o for page in (flat(e["contents"]) if "contents" in e else [(e["href"], e["text"])])]
+    return flat(yaml.safe_load((get_config().nbs_path/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
 
 class entitle(Processor):
     "A page of a module is called as in the sidebar, and says the module's name below"
     def begin(self):
-        texts = sidebar(yaml.safe_load((get_config().nbs_path/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+        texts = dict(sidebar())
         fm, name = self.nb.frontmatter_, Path(self.nb.path_).name
         if name == "index.ipynb" or not re.fullmatch(r"[\w.]+", fm["title"]): return
         fm["title"] = texts[name]
