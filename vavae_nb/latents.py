@@ -228,7 +228,7 @@ class Latents:
         self.shards,self.mean,self.std,self.classes,self.name = shards,mean,std,classes,name
         self.files,self._cut = [(Path(p), os.stat(p)) for p in files],set()
         self.labels = torch.cat([s["labels"].long() for s in shards])
-        self.starts = torch.tensor([0, *accumulate(len(s["labels"]) for s in shards)])
+        self._all,self.starts = torch.arange(len(self.labels)),torch.tensor([0, *accumulate(len(s["labels"]) for s in shards)])
         self.shape = tuple(shards[0]["latents"].shape[1:])
 
     @classmethod
@@ -250,7 +250,7 @@ class Latents:
         flip:bool|Tensor=False, # Those of the mirrored images: all, or where a (b,) mask says so
     )->Tensor:                  # (b, d, h, w) float32, normalised
         "The latents at `indices`"
-        i = torch.arange(len(self))[indices]
+        i = self._all[indices]
         if cut := [s for s in self._shard(i).unique().tolist() if not self._whole(s)]:
             i = torch.tensor([self._instead(k) if s in cut else k for k,s in zip(i.tolist(), self._shard(i).tolist())])
         shard, flip = self._shard(i), torch.as_tensor(flip).expand(len(i))

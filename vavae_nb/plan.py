@@ -202,19 +202,22 @@ def step_rates(
     whole = _meta_dit(cfg.dit, cfg.tokenizer, size, 10)
     depth = max(1, min(len(whole.blocks), int(len(whole.blocks)*at_once/(3*flops_per_image(whole)))))
     while size > 32 and 3*_autoencoder_cost(cfg.tokenizer, cfg.data.size)["forward"]*(size/cfg.data.size)**2 > at_once: size //= 2
-    out = {}
-    for net,stages,batches in ((build_dit(cfg, 10, depth=depth), ("dit", "sample"), (cfg.dit_training.batch_size//cfg.dit_training.accumulate, 2*cfg.evaluation.batch_size)),
-                               (build_tokenizer(cfg).to(memory_format=torch.channels_last), ("tokenizer", "latents"), (cfg.tokenizer_training.batch_size//cfg.tokenizer_training.accumulate, cfg.evaluation.batch_size))):
-        net.to(device); opt = torch.optim.AdamW(net.parameters(), fused=True)
-        def forward(b):
-            x = torch.zeros(b, *((3, size, size) if stages[0] == "tokenizer" else (net.in_channels, net.input_size, net.input_size)), device=device)
-            with autocast(device, cfg.precision): y = net(x)[0] if stages[0] == "tokenizer" else net(x, x[:,0,0,0], x[:,0,0,0].long())
-            return y.float()
-        def train(b): forward(b).square().mean().backward(); opt.step(); opt.zero_grad()
-        flops = forward_flops(_meta_tokenizer(cfg.tokenizer, cfg.data.size), _meta(1, 3, size, size)) if stages[0] == "tokenizer" else flops_per_image(net)
-        out[stages[0]] = _steady(train, 3*flops, batches[0], each, device)
-        with torch.no_grad(): out[stages[1]] = _steady(forward, flops, batches[1], each, device)
-    return out
+    dit = build_dit(cfg, 10, depth=depth).to(device)
+    tok = build_tokenizer(cfg).to(device, memory_format=torch.channels_last)
+    tt, d, image = cfg.tokenizer_training, cfg.dit_training, forward_flops(_meta_tokenizer(cfg.tokenizer, cfg.data.size), _meta(1, 3, size, size))
+    def velocity(b): x = torch.zeros(b, dit.in_channels, dit.input_size, dit.input_size, device=device); return dit(x, x[:,0,0,0], x[:,0,0,0].long())
+    def reconstruction(b): return tok(torch.zeros(b, 3, size, size, device=device))[0]
+    def trained(net, run, flops, t, precision):
+        opt = torch.optim.AdamW(net.parameters(), fused=True)
+        def step(b):
+            with autocast(device, precision): y = run(b)
+            y.float().square().mean().backward(); opt.step(); opt.zero_grad()
+        return _steady(step, 3*flops, t.batch_size//t.accumulate, each, device)
+    def asked(run, flops, batch):
+        with torch.no_grad(), autocast(device, cfg.precision): return _steady(run, flops, batch, each, device)
+    return dict(tokenizer=trained(tok, reconstruction, image, tt, tt.precision or cfg.precision), latents=asked(reconstruction, image, cfg.evaluation.batch_size),
+                dit=trained(dit, velocity, flops_per_image(dit), d, cfg.precision), sample=asked(velocity, flops_per_image(dit), 2*cfg.evaluation.batch_size))
+
 
 # %% ../nbs/37_plan.ipynb #59568eb5
 vendor_peaks = { # NVIDIA's data sheets, TFLOP/s, dense, fp32 accumulation: (bf16, TF32, fp32) by the name that the driver gives
