@@ -214,7 +214,7 @@ def versions(
     def git(*args):
         r = subprocess.run(["git", "-C", str(Path(vavae_nb.__file__).parent), *args], capture_output=True, text=True)
         return r.stdout.strip() if r.returncode == 0 else ""
-    try: commit = git("rev-parse", "HEAD")+("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    try: commit = git("rev-parse", "HEAD")+("+changes" if git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results") else "") # What is written there changes no number
     except OSError: commit = ""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return dict(vavae_nb=vavae_nb.__version__, commit=commit, torch=torch.__version__, python=platform.python_version(),
