@@ -10,9 +10,9 @@ TEST_TIMEOUT ?= 240
 # Bytecode is kept even where an image says not to: without it every process compiles torch again (torchvision: 14 s of CPU, not 4)
 unexport PYTHONDONTWRITEBYTECODE
 
-# What is measured against a baseline, quick ones first
+# What is measured against a baseline: on a CPU quick ones first, on a GPU, which may be lent for minutes, what matters most; one that fails costs no other
 BENCH := startup ema distance_matrix latent_loading precision_recall fid dit_step sampling autoencoder tokenizer_step extraction uniformity
-BENCH_GPU := ema distance_matrix dit_step sampling autoencoder tokenizer_step extraction fid precision_recall scaling
+BENCH_GPU := dit_step sampling extraction autoencoder tokenizer_step ema distance_matrix fid precision_recall scaling
 
 .PHONY: help setup train test test-slow bench bench-gpu docs docs-serve export notebooks clean
 
@@ -44,10 +44,10 @@ test-slow: test ## make test, and what is flagged slow
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
 
 bench: setup ## measure speed against what one would otherwise run, on the CPU, into results/; about 20 minutes on 2 quiet cores
-	@for b in $(BENCH); do echo "$$b"; $(BIN)/python bench/$$b.py --device cpu || exit 1; done
+	@failed=; for b in $(BENCH); do echo "$$b"; $(BIN)/python bench/$$b.py --device cpu || failed="$$failed $$b"; done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 bench-gpu: setup ## the same for a GPU, into results/bench-NAME-gpu.json
-	@for b in $(BENCH_GPU); do echo "$$b"; $(BIN)/python bench/$$b.py --device cuda --out results/bench-$${b//_/-}-gpu.json || exit 1; done
+	@failed=; for b in $(BENCH_GPU); do echo "$$b"; $(BIN)/python bench/$$b.py --device cuda --out results/bench-$${b//_/-}-gpu.json || failed="$$failed $$b"; done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 docs: setup ## build the site into _docs with Quarto (QUARTO=pip takes it from PyPI's quarto-cli, which needs the open web)
 	@[ "$(QUARTO)" != pip ] || $(BIN)/uv pip install --quiet --python $(BIN)/python quarto-cli || { echo "quarto-cli could not be installed: it downloads Quarto from the open web"; exit 1; }

@@ -1,6 +1,6 @@
 """Forward and backward of the tokenizer's autoencoder, against diffusers' `AutoencoderKL` of the same widths with the same weights.
 
-    python bench/autoencoder.py [--rounds 7] [--threads 2] [--device auto]
+    python bench/autoencoder.py [--rounds 7] [--threads 2] [--device auto] [--precision auto]
 
 Baseline: `AutoencoderKL` of diffusers. Ours: `Autoencoder`. Both contiguous and channels_last (as the training has it); the ratio is that of the faster
 layout of each, which is named, and all four times are in the result. Weights come from ours by `to_diffusers`, noise is the same, reconstructions and
@@ -17,7 +17,9 @@ from vavae_nb.recipes import recipe
 from vavae_nb.tensors import autocast, generator
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
-a = start(options(__doc__, rounds=7), "auto")
+p = options(__doc__, rounds=7)
+p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of both (default: auto, bf16 where the device has it)")
+a = start(p)
 cuda = a.device.type == "cuda"
 cases = {"f16d32": (lambda: Autoencoder(), 16, 256)} if cuda else {
     "tiny": (lambda: build_tokenizer(recipe("tiny")), 32, 32), "f16d32, half width": (lambda: Autoencoder(ch=64, attn_resolutions=(4,), resolution=64), 4, 64)}

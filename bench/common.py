@@ -30,10 +30,10 @@ def options(doc, rounds=5, threads=2, device="auto"):
     return p
 
 def start(p, precision="fp32"):
-    "The options given, with `device` a torch device; threads, seeds and the precision of products set (fp32: no TF32), and memory as every command takes it, for both sides"
+    "The options given, with `device` a torch device; threads, seeds and the precision of products (fp32: no TF32) set, and memory as every command takes it, for both sides"
     a = p.parse_args()
     keep_freed_memory()
-    a.device, a.precision = pick_device(a.device), precision
+    a.device, a.precision = pick_device(a.device), vars(a).get("precision", precision) # A script may have an option for it
     torch.set_num_threads(a.threads); seed_everything(0); set_tf32(a.device, precision)
     return a
 

@@ -16,11 +16,11 @@ from vavae_nb.tokenizer.vf_loss import distmat_loss
 p = options(__doc__)
 p.add_argument("--sides", type=int, nargs="+", help="positions along a side (default: 32 64 96; on a GPU 32 64 128)")
 p.add_argument("--channels", type=int, default=1024, help="of both maps (default: 1024, those of DINOv2-L)")
-p.add_argument("--batch", type=int, help="images (default: 1; on a GPU 8)")
+p.add_argument("--batch", type=int, help="images (default: 1; on a GPU 4)")
 p.add_argument("--only", choices=("baseline", "ours"), help="run this side once at the first of the sides, and print the memory that it took, as the processes of this command do")
 a = start(p)
 gpu, margin = a.device.type == "cuda", .25/16
-a.sides, a.batch = a.sides or ([32, 64, 128] if gpu else [32, 64, 96]), a.batch or (8 if gpu else 1)
+a.sides, a.batch = a.sides or ([32, 64, 128] if gpu else [32, 64, 96]), a.batch or (4 if gpu else 1)
 
 def maps(side):
     draw = lambda what, *shape: torch.randn(a.batch, a.channels, *shape, generator=generator(0, what)).to(a.device)

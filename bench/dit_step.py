@@ -1,6 +1,6 @@
 """A training step of LightningDiT, with everything that the training does in it, against the published formulation, eager and compiled.
 
-    python bench/dit_step.py [--rounds 10] [--threads 2] [--sizes tiny …] [--batch N] [--forms eager compiled]
+    python bench/dit_step.py [--rounds 10] [--threads 2] [--sizes tiny …] [--batch N] [--forms eager compiled] [--precision auto]
 
 Baseline: `published.training_step`: the published formulation, with AdamW not fused, an average of the weights tensor by tensor and `.item()` at each
 step; compiled, each block by `torch.compile`. Ours: a step of `dit_learner` with all its callbacks (gradient norm, guard against NaN, average, log);
@@ -26,7 +26,8 @@ p = options(__doc__, rounds=10)
 p.add_argument("--sizes", nargs="+", help="of LightningDiT (default: B XL on a GPU, tiny on a CPU)")
 p.add_argument("--batch", type=int, help="latents (default: 32 on a CPU; on a GPU 128 for B and 64 for XL, half of it with less than 100 GB)")
 p.add_argument("--forms", nargs="+", default=["eager", "compiled"], help="eager, compiled (default: both)")
-a = start(p, "auto")
+p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of both (default: auto, bf16 where the device has it)")
+a = start(p)
 precision, cuda = resolve_precision(a.device, a.precision), a.device.type == "cuda"
 tolerance = 1e-4 if precision == "fp32" else 5e-3
 rate = measured_rate(a.device, torch.bfloat16 if precision == "bf16" else torch.float32, *([8192] if cuda else []))

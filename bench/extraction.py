@@ -1,9 +1,9 @@
 """From a folder of JPEGs to latents of both flips: decoded once and a batch ahead, against decoding twice, batch 20, nothing at the same time.
 
-    python bench/extraction.py [--images 200] [--threads 2] [--rounds 5]
+    python bench/extraction.py [--images 200] [--threads 2] [--rounds 3]
 
 Baseline: for each 20 images decode, crop and encode them; then the same for their mirror images, decoded again (Pillow, one thread); collect and
-write the shard. Ours: `extract_shards` of a `lazy_folder` (its decoding threads, one a core, and batches of 100). Both with the same crop, the
+write the shard. Ours: `extract_shards` of a `lazy_folder` (its decoding threads, one a core, and batches of 50). Both with the same crop, the
 same posterior noise and the same file format; latents must agree to 1e-4 in fp32. JPEGs are 500×375 pieces of photographs, as large as those of
 ImageNet. How much there is to gain depends on what the encoder takes, so there are two rows on the CPU, recipe tiny's tokenizer at 32 and at 64
 pixels, and on a GPU that of the ImageNet recipes at 256; with each goes the time of encoding alone (the same batches, from memory), which is what
@@ -22,12 +22,12 @@ from vavae_nb.plan import build_tokenizer
 from vavae_nb.recipes import recipe
 from vavae_nb.tensors import ImageNoise, autocast, save_tensors
 
-p = options(__doc__)
-p.add_argument("--images", type=int, help="JPEGs (default: 200; on a GPU 2,000)")
+p = options(__doc__, rounds=3)
+p.add_argument("--images", type=int, help="JPEGs (default: 200; on a GPU 1,000)")
 p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder; bf16 is compared to 2e-2 (default: fp32)")
 a = start(p)
 gpu = a.device.type == "cuda"
-n, tolerance = a.images or (2000 if gpu else 200), 1e-4 if a.precision == "fp32" else 2e-2
+n, tolerance = a.images or (1000 if gpu else 200), 1e-4 if a.precision == "fp32" else 2e-2
 work = tempfile.TemporaryDirectory()
 root, rng = Path(work.name)/"photographs", np.random.default_rng(0)
 photos = [Image.fromarray(im).resize((800, 600)) for im in (photographs.astronaut(), photographs.chelsea(), photographs.coffee(), photographs.rocket())]
@@ -55,12 +55,12 @@ def baseline(tok, images):
 
 def ours(tok, images):
     folder = Path(tempfile.mkdtemp(dir=work.name)) # An extraction leaves whole shards alone
-    extract_shards(tok, images, folder, batch_size=100, precision=a.precision)
+    extract_shards(tok, images, folder, precision=a.precision)
     (folder/"latents_rank00_shard000.safetensors").replace(Path(work.name)/"ours.safetensors")
 
 @torch.no_grad()
 def alone(tok, pixels):
-    for x in pixels.split(100):
+    for x in pixels.split(50):
         with autocast(a.device, a.precision): z = [tok.posterior(o).mean for o in (x, x.flip(-1))]
 
 def row(name, size):

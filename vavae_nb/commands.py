@@ -96,11 +96,11 @@ def process(
 
 # %% ../nbs/06_commands.ipynb #8081c951
 def keep_freed_memory()->bool: # Was it done? Not without glibc, nor where the environment says how memory is to be taken
-    "Keep freed memory for the next tensors; mallopt(3): M_MMAP_MAX and M_TRIM_THRESHOLD"
+    "Keep freed memory for the next tensors; mallopt(3): M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
     if any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ): return False
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return False
-    return bool(mallopt(-4, 0) and mallopt(-1, 2**31-1))
+    return bool(mallopt(-3, 2**25) and mallopt(-1, 2**31-1))
 
 # %% ../nbs/06_commands.ipynb #32bdbe02
 @contextmanager

@@ -79,7 +79,7 @@ def extract_shards(
     folder:str|Path,       # Where the shards go
     *,
     seed:int=0,            # Of the posterior's noise
-    batch_size:int=100,    # Images
+    batch_size:int=50,     # Images
     per_shard:int=10_000,  # Images a shard, at most
     rank:int=0,            # Which process this is
     world_size:int=1,      # Processes that share the work, each with shards of its own names
