@@ -82,11 +82,7 @@ for size in a.sizes or (["B", "XL"] if cuda else ["tiny"]):
         rows[f"{size}, {form}"] = r = measure(size, form == "compiled", batch, 16 if cuda else 8)
         gc.collect(); torch.compiler.reset()
         if cuda: torch.cuda.empty_cache()
-goals = dict(eager=None if cuda else 1.15, compiled=1.3 if cuda else None)
+goals = {k: 1.3 for k,r in rows.items() if cuda and r["compiled"]} or {k: 1.15 for k,r in rows.items() if not r["compiled"]}
 show(rows)
 for k,r in rows.items(): print(f"{k}: batch {r['batch']}, ours {r['images_per_second']['ours']:,.0f} images/s, {r['share_of_matrix_rate']['ours']:.0%} of the rate of a matrix product; losses differ by {r['errors']['loss']:.0e}")
-if len(a.forms) == 2:
-    for size in {r["size"] for r in rows.values()}:
-        b, o = (statistics.median(rows[f"{size}, {form}"][k]) for form,k in (("eager", "baseline_wall_ms"), ("compiled", "ours_wall_ms")))
-        print(f"{size}: ours compiled {b/o:.2f}× the published one eager")
 save(a, __doc__, dict(rows=rows, goals=goals, matrix_rate_tflops=rate/1e12, tolerance=tolerance))
