@@ -4,8 +4,8 @@
 
 Each curve has one size varied and the others fixed: depth 6, width 128, 64 tokens of 32 channels, batch 16 (on a GPU: depth 12, width 768, 256 tokens,
 batch 64, in bf16). A training step is forward, backward and AdamW. `slope` is that of log(seconds) against log(size) between the last two points: 1 is
-straight. Processes: the same training (recipe tiny, 60 steps of LightningDiT beyond its first 20) with one thread each, started by torchrun, on the
-CPU only: there is one GPU at most here. Writes results/bench-scaling.json.
+straight. Processes: the same training (LightningDiT of the recipe tiny) with one thread each, started by torchrun, on the CPU only: there is one GPU
+at most here. Writes results/bench-scaling.json.
 """
 import csv, math, os, shutil, statistics, subprocess, sys, tempfile
 from functools import partial
@@ -49,8 +49,8 @@ def curve(name, make, values, unit):
     print(f"{name:10} {unit:8}", "  ".join(f"{v}: {1e3*s:.4g} ms" for v,s in zip(values, seconds)), f" slope {slope:.2f}", flush=True)
     return dict(unit=unit, values=list(values), seconds=seconds, slope=slope)
 
-def processes(numbers): # Seconds of 60 steps, from the twentieth on, by the runs' own logs
-    small = ["--recipe", "tiny", "--device", "cpu", "--vf", "none", "--set", "tokenizer_training.steps=2", "dit_training.steps=80", "saving.log_every=20"]
+def processes(numbers): # Seconds of a step: the median of what ten steps took by the runs' own logs, which also hold pictures
+    small = ["--recipe", "tiny", "--device", "cpu", "--vf", "none", "--set", "tokenizer_training.steps=2", "dit_training.steps=90", "saving.log_every=10"]
     with tempfile.TemporaryDirectory() as d:
         env = os.environ | dict(OMP_NUM_THREADS="1")
         def train(n, out, only): subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(29600+n), "-m", "vavae_nb.train", "--out", out, "--stage", only, *small],
@@ -59,9 +59,9 @@ def processes(numbers): # Seconds of 60 steps, from the twentieth on, by the run
         seconds = []
         for n in numbers:
             shutil.copytree(f"{d}/first", f"{d}/{n}"); train(n, f"{d}/{n}", "dit")
-            with open(f"{d}/{n}/log.csv") as f: at = {int(r["step"]): float(r["seconds"]) for r in csv.DictReader(f) if (r["stage"], r["term"]) == ("dit", "loss")}
-            seconds.append(at[80]-at[20])
-    print("processes ", "  ".join(f"{n}: {s:.1f} s" for n,s in zip(numbers, seconds)), flush=True)
+            with open(f"{d}/{n}/log.csv") as f: at = [float(r["seconds"]) for r in csv.DictReader(f) if (r["stage"], r["term"]) == ("dit", "loss")]
+            seconds.append(statistics.median(b-a for a,b in zip(at, at[1:]))/10)
+    print("processes ", "  ".join(f"{n}: {1e3*s:.4g} ms" for n,s in zip(numbers, seconds)), flush=True)
     return dict(unit="processes of one thread", values=numbers, seconds=seconds)
 
 out = {"batch": curve("training", lambda v: training_step(**usual | dict(batch=v)), sizes["batch"], "images"),
