@@ -43,7 +43,7 @@ test-slow: test ## make test, and what is flagged slow
 	$(BIN)/python tools/notebooks.py test --flags slow --timeout 1800 --workers 1
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests -m slow
 
-bench: setup ## measure speed against what one would otherwise run, on the CPU, into results/; about 20 minutes on 2 quiet cores
+bench: setup ## measure speed against what one would otherwise run, on the CPU, into results/; under 15 minutes on 2 quiet cores
 	@failed=; for b in $(BENCH); do echo "$$b"; $(BIN)/python bench/$$b.py --device cpu || failed="$$failed $$b"; done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 bench-gpu: setup ## the same for a GPU, into results/bench-NAME-gpu.json

@@ -1,6 +1,6 @@
 """Sampling with a guidance interval, 250 points, shift 0.3: the unconditional half left out where guidance is off, against both halves always.
 
-    python bench/sampling.py [--rounds 3] [--threads 2] [--images N]
+    python bench/sampling.py [--rounds 5] [--threads 1] [--images N]
 
 Baseline: `published.sample`: a doubled state, both halves at every step, Euler by torchdiffeq, which keeps the whole trajectory. Ours: `sample`. The
 same LightningDiT (random weights; B/1 at 16×16 on a GPU, `tiny` at 8×8 on a CPU), labels, noise and times; guidance as the preset paper-800ep has it.
@@ -16,7 +16,7 @@ from vavae_nb.dit.model import create_dit
 from vavae_nb.flow.sampler import sample, time_grid
 from vavae_nb.tensors import ImageNoise, resolve_precision
 
-p = options(__doc__, rounds=3)
+p = options(__doc__, rounds=5, threads=1)
 p.add_argument("--images", type=int, help="drawn at a time (default: 32 on a GPU, 4 on a CPU)")
 a = start(p, "tf32") # Which is fp32 on a CPU
 cuda, s = a.device.type == "cuda", {k.split(".")[1]: v for k,v in sampling_presets["paper-800ep"].items()}
