@@ -61,7 +61,7 @@ def main(
     latent_stats:str=None, # A latents_stats.pt to be used instead, for a tokenizer that carries none (a published one) (default: none)
     new_stats:bool=False, # Take statistics anew although the tokenizer has some; models trained with those no longer fit it
     stats_only:bool=False, # Extract nothing, take the statistics of the shards in --out
-    batch_size:int=50, # Images at a time; larger ones leave the processor's cache
+    batch_size:int=50, # Images at a time
     workers:int=0, # Threads that decode images (default: one a core)
     device:str="auto", # auto, cpu, cuda, cuda:N or mps
     precision:str="auto", # auto (bf16 where the device has it), fp32 or bf16
