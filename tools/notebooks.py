@@ -8,6 +8,7 @@ A test's process is a copy of this one, which has imported what most notebooks i
 """
 import argparse, importlib, os, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
+from other_seed import shift_by_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -40,6 +41,7 @@ def execute_in_place(path, flags, timeout):
 def execute(path, flags, timeout):
     "Execute a notebook's cells as nbdev_test does, writing nothing; were all right?"
     from nbdev.test import test_nb
+    shift_by_environment()
     return test_nb(path, skip_flags=FLAGS, force_flags=flags, basepath=ROOT)[0]
 
 def fork(job, path, *args):

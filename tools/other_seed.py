@@ -1,0 +1,37 @@
+"""Another seed for everything random, by $OTHER_SEED: what holds only for the seeds that stand in notebooks and tests does not hold.
+
+Every whole number that seeds a generator of Python, numpy or torch in this process becomes another one: equal seeds stay equal, different ones different.
+"""
+import os, random
+
+
+def shift_seeds(
+    by:int, # 0: nothing is changed
+):
+    "Replace the ways to seed a generator by ones that seed it otherwise"
+    if not by: return
+    import numpy as np, torch
+    mask = by*0x9E3779B1 & 0x7FFFFFFF
+    other = lambda seed: seed ^ mask if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) else seed
+
+    def shifted(f): return lambda seed=None, *args, **kw: f(other(seed), *args, **kw)
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed): return super().manual_seed(other(seed))
+
+    class Philox(np.random.Philox):
+        def __init__(self, *args, key=None, **kw): super().__init__(*args, key=other(key), **kw)
+
+    class RandomState(np.random.RandomState):
+        def __init__(self, seed=None): super().__init__(other(seed))
+
+    class Random(random.Random):
+        def __new__(cls, seed=None): return super().__new__(cls)
+        def __init__(self, seed=None): super().__init__(other(seed))
+
+    torch.Generator, np.random.Philox, np.random.RandomState, random.Random = Generator, Philox, RandomState, Random
+    torch.manual_seed = torch.random.manual_seed = shifted(torch.manual_seed)
+    np.random.default_rng, np.random.seed, random.seed = map(shifted, (np.random.default_rng, np.random.seed, random.seed))
+
+
+def shift_by_environment(): shift_seeds(int(os.environ.get("OTHER_SEED") or 0))
