@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sampling_presets', 'Data', 'Foundation', 'VF', 'Tokenizer', 'Phase', 'TokenizerTraining', 'DiT', 'DiTTraining',
-           'Sampling', 'Evaluation', 'Saving', 'Config', 'flat', 'convert', 'override', 'differences', 'save_config',
-           'load_config']
+           'Sampling', 'Evaluation', 'Saving', 'Config', 'flat', 'parse_yaml', 'convert', 'override', 'differences',
+           'save_config', 'load_config']
 
 # %% ../nbs/01_config.ipynb #c1630cbb
 import typing
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 import yaml
-from .core import ConfigError, atomic_write, unknown_name
+from .core import ConfigError, atomic_write, read_text, unknown_name
 
 # %% ../nbs/01_config.ipynb #349f096f
 @dataclass(frozen=True)
@@ -202,6 +202,31 @@ def flat(
         out |= flat(v, f"{prefix}{f.name}.") if is_dataclass(v) else {prefix+f.name: v}
     return out
 
+# %% ../nbs/01_config.ipynb #8405f594
+class _PlainLoader(yaml.SafeLoader):
+    "Values, lists and mappings as they stand: no aliases, which let a few lines stand for millions, and no merge keys"
+    yaml_implicit_resolvers = {k: v for k,v in yaml.SafeLoader.yaml_implicit_resolvers.items() if k != "<"}
+    within = 0
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(f"an alias, *{self.peek_event().anchor}; write the value that it stands for")
+        if self.within == 20: raise ConfigError("lists or mappings deeper than 20 levels; settings have 3")
+        self.within += 1
+        node = super().compose_node(parent, index)
+        self.within -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > 1000:
+            raise ConfigError(f"a value of {len(node.value):,} characters; settings have 1,000 at most")
+        return node
+
+def parse_yaml(
+    text:str,      # YAML without aliases
+    what:str|Path, # What it is, for the sentence, such as its file
+)->Any:
+    "The value of a YAML text that anybody may have written; what could take for ever is refused"
+    try: return yaml.load(text, _PlainLoader)
+    except ConfigError as e: raise ConfigError(f"{what} holds {e}") from None
+    except Exception as e: raise ConfigError(f"{what} is not YAML: {e}") from None # Dates and tags raise many kinds
+
 # %% ../nbs/01_config.ipynb #76c53f21
 def convert(
     value:Any, # A string from the command line, or a value from YAML
@@ -228,8 +253,7 @@ def convert(
     raise ConfigError(f"{name} takes {'true or false' if kind is bool else 'a '+getattr(kind, '__name__', str(kind))}, got {value!r}")
 
 def _fill_all(kind, value, name): # A tuple of dataclasses, such as phases, from mappings or YAML
-    try: value = yaml.safe_load(f"[{value.strip('[] ')}]") if isinstance(value, str) else value
-    except yaml.YAMLError: raise ConfigError(f"{name} is not YAML: {value!r}") from None
+    if isinstance(value, str): value = parse_yaml(f"[{value.strip('[] ')}]", f"{name}, given as '{value:.200}',")
     if not isinstance(value, (list, tuple)): raise ConfigError(f"{name} takes a list of {kind.__name__}, got {value!r}")
     return tuple(_fill(kind, v, f"{name}[{i}]") for i,v in enumerate(value))
 
@@ -278,14 +302,17 @@ def save_config(
     plain = lambda o: {k: plain(v) for k,v in o.items()} if isinstance(o, dict) else [plain(v) for v in o] if isinstance(o, tuple) else o
     with atomic_write(path) as tmp: tmp.write_text(yaml.safe_dump(plain(asdict(cfg)), sort_keys=False), encoding="utf-8")
 
+def _paths(tree, prefix=""): # Path → value
+    for k,v in tree.items():
+        if isinstance(v, dict): yield from _paths(v, f"{prefix}{k}.")
+        else: yield f"{prefix}{k}", v
+
 def load_config(
     path:str|Path, # A file written by `save_config`
 )->Config:
     "Read a configuration; unknown settings and wrong types are refused, missing ones have their defaults"
     path = Path(path)
     if not path.is_file(): raise ConfigError(f"no configuration at {path}")
-    try: tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not YAML: {e}") from None
+    tree = parse_yaml(read_text(path, "a configuration is a few kilobytes of YAML", 2**16, ConfigError), path) or {}
     if not isinstance(tree, dict): raise ConfigError(f"{path} holds no settings")
-    walk = lambda t, pre="": {k2: v2 for k,v in t.items() for k2,v2 in (walk(v, f"{pre}{k}.") if isinstance(v, dict) else {f"{pre}{k}": v}).items()}
-    return override(Config(), walk(tree))
+    return override(Config(), dict(_paths(tree)))
