@@ -13,7 +13,7 @@ from typing import Iterator
 import torch, vavae_nb
 from safetensors import SafetensorError
 from torch import Tensor
-from .core import CheckpointError, ConfigError, Stopped, VavaeError, atomic_write, sha256_file
+from .core import CheckpointError, ConfigError, Stopped, VavaeError, atomic_write, read_json, sha256_file
 from .tensors import load_tensors, save_tensors
 
 # %% ../nbs/47_checkpoints.ipynb #9fee24c8
@@ -118,11 +118,10 @@ class Checkpoints:
     def _data(self, step, info): return self.folder/f"step-{step:08d}-{info['sha256'][:8]}.safetensors"
 
     def _info(self, step):
-        try: info = json.loads(self._json(step).read_bytes())
-        except (ValueError, RecursionError): info = None # Damaged, or not ours
+        info = read_json(self._json(step), "remove it", error=CheckpointError)
         kinds = dict(step=int, score=(float, type(None)), sha256=str, bytes=int)
-        if isinstance(info, dict) and all(k in info and isinstance(info[k], t) for k,t in kinds.items()) and info["step"] == step: return info
-        raise CheckpointError(f"{self._json(step).name} cannot be read")
+        if all(k in info and isinstance(info[k], t) for k,t in kinds.items()) and info["step"] == step: return info
+        raise CheckpointError(f"{self._json(step).name} cannot be read: it does not say what a checkpoint's JSON says")
 
     def _infos(self, steps):
         for s in steps:
