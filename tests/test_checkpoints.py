@@ -180,7 +180,7 @@ root = Path(sys.argv[1])
 
 def main(name):
     for fd in (1, 2): os.dup2(os.open(root/f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
-    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
+    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
     with user_errors("call the same command again"), RunLock(root/name), StopSignals() as stop:
         if name.startswith("worker"):
             if not os.fork():
@@ -204,7 +204,7 @@ def until(name, word):
     raise TimeoutError(f"{name}: {text}")
 
 got = {}
-for name,signals in {"term": [15], "int": [2], "ignored": [2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-twice": [15, 2], "worker": []}.items():
+for name,signals in {"term": [15], "int": [2], "hup": [1], "ignored": [1, 2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-hup": [1], "deferred-twice": [15, 2], "worker": []}.items():
     if not (child := os.fork()):
         try: main(name); code = 0
         except SystemExit as e: code = e.code
@@ -252,11 +252,88 @@ print(json.dumps(got))
 
 def test_signals_and_locks(tmp_path):
     got = forking(SIGNALS, tmp_path)
-    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("worker", 143, "SIGTERM; call"),
-                             ("ignored", 0, ""), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
+    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("hup", 129, "stopped by SIGHUP; call"), ("worker", 143, "SIGTERM; call"),
+                             ("ignored", 0, ""), ("deferred-hup", 129, "SIGHUP: saving"), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
                              ("deferred-int", 130, "SIGINT: saving"), ("deferred-twice", 130, "stopped by SIGINT")):
         code, text, steps, locked = got[name]
         assert code == status and said in text and "Traceback" not in text and not locked, (name, got[name])
-        assert steps == ([7] if name in ("deferred-term", "deferred-int") else []), name
+        assert steps == ([7] if name in ("deferred-term", "deferred-int", "deferred-hup") else []), name
     assert "is being written by process THE CHILD on " in got["second"] and got["after"] == "let in"
     assert got["crowd"] == [0]*5
+
+TERMINAL = """
+import json, os, pty, signal, sys, time
+from pathlib import Path
+from vavae_nb.checkpoints import Checkpoints, StopSignals
+from vavae_nb.commands import user_errors
+root = Path(sys.argv[1])
+
+def main(): # A loop with a progress bar, such as a training
+    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, usual)
+    with user_errors("call the same command again"), StopSignals() as stop, stop.deferred():
+        while not stop.signum:
+            (root/"ready").touch()
+            time.sleep(.05)
+        for step in range(20): print("step", step, file=sys.stderr, flush=True)
+        Checkpoints(root/"run").save(20, {"step": 20})
+
+child, terminal = pty.fork()
+if not child:
+    try: main(); code = 0
+    except SystemExit as e: code = e.code
+    except BaseException: code = 99
+    os._exit(code)
+while not (root/"ready").exists(): time.sleep(.01)
+os.close(terminal) # As a window is closed
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), Checkpoints(root/"run").steps()]))
+"""
+
+def test_a_closed_terminal_saves_and_stops(tmp_path): assert forking(TERMINAL, tmp_path) == [129, [20]]
+
+LOST = """
+import json, os, signal, sys, weakref
+from vavae_nb.checkpoints import StopSignals
+from vavae_nb.core import Stopped
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+sys.unraisablehook = lambda what: None
+class Destroyed:
+    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
+class Referred: pass
+def by_a_destructor(): Destroyed()
+def by_a_weak_reference():
+    referred = Referred()
+    reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del referred
+got = []
+for send in (by_a_destructor, by_a_weak_reference):
+    with StopSignals() as stop:
+        try: send(); got.append("swallowed")
+        except Stopped: got.append("raised")
+        try: stop.check(); got.append("forgotten")
+        except Stopped as e: got.append(str(e))
+print(json.dumps(got))
+"""
+
+def test_a_signal_that_python_swallows_is_not_forgotten(tmp_path):
+    got = forking(LOST, tmp_path)
+    assert got[1::2] == ["SIGTERM"]*2 and set(got[::2]) <= {"swallowed", "raised"}
+
+def test_finishing_twice_changes_nothing(tmp_path):
+    c = Checkpoints(tmp_path, keep=2)
+    for i,score in enumerate([3, 1, 2], 1): c.save(i, state(i), score)
+    for _ in range(2): c.finish(3); assert c.steps() == [2] # The best, which is not the last
+    c.finish(2); assert not c.folder.exists()
+
+def test_a_lock_on_a_disk_that_fails_hides_no_error(tmp_path, monkeypatch):
+    def fails(*_): raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(VavaeError, match="what really happened"):
+        with RunLock(tmp_path/"run"):
+            monkeypatch.setattr(Path, "unlink", fails)
+            raise VavaeError("what really happened")
+
+def test_hostile_json_is_a_checkpoint_that_is_passed_over(tmp_path):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1))
+    for text in ("["*100_000, "{\"step\": "+"9"*6000+"}", "[]", "null", "{\"step\": 2}", "\xff"):
+        c._json(2).write_text(text, encoding="utf-8")
+        with pytest.warns(UserWarning, match="step-00000002.json.*step 1 is used instead"): assert c.newest()[0] == 1
