@@ -148,6 +148,13 @@ def test_a_failed_row_shows_as_failed(tmp_path):
     text = ab.render(ab.load_table("table2", "cpu", tmp_path))
     assert "1 (+ failed)" in text and "f4d32-none-b: seed 0 failed: the disk is full" in text
 
+@pytest.mark.parametrize("name", list(ab.tables))
+def test_a_table_of_which_nothing_is_measured_says_so(name, tmp_path):
+    for scale in ("cpu", "paper"):
+        header, rows = ab.table_cells(ab.load_table(name, scale, tmp_path))
+        assert {len(r) for r in rows} == {len(header)} and all(r[2] == "not measured" for r in rows[:-1])
+    assert "not measured" in ab.render(ab.load_table(name, "cpu", tmp_path))
+
 def test_a_damaged_result_is_named(tmp_path):
     r = row("table2", "f16d64-none-b")
     path = ab.result_path(tmp_path, r, "cpu", 0)

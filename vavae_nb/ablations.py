@@ -18,6 +18,7 @@ from fastcore.script import Param
 from .commands import command, sections, user_errors
 from .config import Config, differences, flat, override
 from .core import ConfigError, DataError, VavaeError, atomic_write, spoken, unknown_name
+from .core import as_html, as_latex, as_markdown
 from .recipes import cifar10_name, recipe, recipes, scaled_steps
 
 # %% ../nbs/80_ablations.ipynb #0d584ce5
@@ -434,6 +435,7 @@ def load_table(
         filled.append(Filled(row, row.name_at(scale), values, seeds, of[seeds[0]]["about"] if seeds else "", "; ".join(errors) or ("" if of else "not measured")))
     if measured := [r for of in kept.values() for r in of.values()]: notes += _common(measured)
     nets = list(dict.fromkeys(k for f in filled for k in f.values if k.startswith("FD ")))
+    if not nets: nets = [f"FD {n}" for n in configuration(tables[table].rows[0], scale).evaluation.extractors] # What will be
     return FilledTable(table, scale, filled, [c for column in tables[table].columns for c in (nets if column == "FD" else [column])], notes)
 
 # %% ../nbs/80_ablations.ipynb #453dfb7a
@@ -491,29 +493,35 @@ def table_cells(
         ranks.append(f"{spearmanr(*zip(*pairs)).statistic:+.2f} (n = {len(pairs)})".replace("-", "−") if len(pairs) > 2 and len({a for a,_ in pairs}) > 1 and len({b for _,b in pairs}) > 1 else "–")
     return header, rows if t.scale == "smoke" else [*rows, ranks+[""]*len(said)]
 
+def _markdown(title, header, rows, notes):
+    lines = ["| "+" | ".join(r)+" |" for r in (header, ["---"]*len(header), *rows)]
+    return [f"**{title}**", "", *lines, "", *(f"- {o}" for o in notes)]
+
+def _html(title, header, rows, notes):
+    def row(cells, tag): return "<tr>"+"".join(f"<{tag}>{c}</{tag}>" for c in cells)+"</tr>"
+    table = [row(header, "th"), *(row(r, "td") for r in rows)]
+    return [f"<table><caption>{title}</caption>", *table, "</table>", "<ul>", *(f"<li>{o}</li>" for o in notes), "</ul>"]
+
+def _latex(title, header, rows, notes):
+    first, *lines = [" & ".join(r)+r" \\" for r in (header, *rows)]
+    table = [rf"\begin{{tabular}}{{l{'r'*(len(header)-1)}}}", r"\hline", first, r"\hline", *lines, r"\hline", r"\end{tabular}"]
+    return [r"\begin{table}", rf"\caption{{{title}}}", *table, *(f"% {o}" for o in notes), r"\end{table}"]
+
+_forms = {"markdown": (_markdown, as_markdown), "html": (_html, as_html), "latex": (_latex, as_latex)}
+
 def render(
     t:FilledTable,        # As loaded
     form:str="markdown",  # `markdown`, `html` or `latex`
 )->str:
-    "A filled table, its title, and its notes"
+    "A filled table, its title, and its notes; names, paths and errors in it are shown as they are"
+    if form not in _forms: raise ConfigError(unknown_name("form", form, _forms))
     header, rows = table_cells(t)
     about, stand_in = tables[t.name], scales[t.scale].prefix == "cifar10"
     title = f"{about.title}; scale {t.scale}: {scales[t.scale].about}"
     notes = [*(["the paper's figures are of ImageNet at 256×256 with its own tokenizers and foundation models; compare differences and order, not values"] if stand_in else []),
              *(f"{f.name}: {f.problem}" for f in t.rows if f.problem and f.seeds), *t.notes]
-    if form == "markdown":
-        lines = ["| "+" | ".join(r)+" |" for r in (header, ["---"]*len(header), *rows)]
-        return "\n".join([f"**{title}**", "", *lines, "", *(f"- {o}" for o in notes)])
-    if form == "html":
-        from html import escape
-        tr = lambda cells, tag: "<tr>"+"".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells)+"</tr>"
-        return "\n".join([f"<table><caption>{escape(title)}</caption>", tr(header, "th"), *(tr(r, "td") for r in rows), "</table>", "<ul>", *(f"<li>{escape(o)}</li>" for o in notes), "</ul>"])
-    if form == "latex":
-        tex = lambda s: s.replace("_", r"\_").replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--").replace("×", r"$\times$").replace("%", r"\%").replace("&", r"\&")
-        lines = [" & ".join(map(tex, r))+r" \\" for r in (header, *rows)]
-        return "\n".join([r"\begin{table}", rf"\caption{{{tex(title)}}}", rf"\begin{{tabular}}{{l{'r'*(len(header)-1)}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}",
-                          *(f"% {o}" for o in notes), r"\end{table}"])
-    raise ConfigError(unknown_name("form", form, ("markdown", "html", "latex")))
+    lay_out, written = _forms[form]
+    return "\n".join(lay_out(written(title), list(map(written, header)), [list(map(written, r)) for r in rows], list(map(written, notes))))
 
 # %% ../nbs/80_ablations.ipynb #ac116ac2
 def estimates(

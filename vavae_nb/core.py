@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'CheckpointError', 'ShapeError', 'LabelError', 'WriteError',
-           'Stopped', 'nearest_name', 'unknown_name', 'writing', 'atomic_write', 'sweep_temporary', 'sha256_file',
-           'cache_dir', 'keep_on_disk', 'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
+           'Stopped', 'nearest_name', 'unknown_name', 'one_line', 'as_label', 'quiet_glyphs', 'as_markdown', 'as_latex',
+           'as_html', 'writing', 'atomic_write', 'sweep_temporary', 'sha256_file', 'cache_dir', 'keep_on_disk',
+           'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
-import difflib, errno, hashlib, json, os, re, shutil, signal, stat, sys, tempfile, time
+import difflib, errno, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time, unicodedata, warnings
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -59,6 +60,67 @@ def unknown_name(
     "The sentence for an unknown name: with the nearest known one if there is one, else with all of them"
     near = nearest_name(name, known)
     return f"unknown {kind} '{name}'" + (f"; did you mean '{near}'?" if near else f"; known: {', '.join(sorted(known))}")
+
+# %% ../nbs/00_core.ipynb #327c97f1
+_turning = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" # The direction of what follows
+
+def _visible(c):
+    "A character that ends no line, moves no cursor and can be encoded, in place of one that does not"
+    if c in _turning: return ""
+    kind = unicodedata.category(c)
+    if kind == "Cs": return "\ufffd" # Half a character: a byte of a file name that is not UTF-8
+    return " " if kind in ("Cc", "Zl", "Zp") else c
+
+def one_line(
+    text,       # Anything: a class's name, a path, an error
+    most:int=0, # Characters to keep, at least 3; 0: all
+)->str:
+    "A text on one line, without control characters; of a long one the middle is left out"
+    s = "".join(map(_visible, str(text)))
+    if not most or len(s) <= most: return s
+    return f"{s[:most//2]}…{s[most//2+1-most:]}"
+
+def as_label(
+    text,        # As for `one_line`
+    most:int=40, # As for `one_line`
+)->str:
+    "A text for a picture: matplotlib reads no mathematics in it, and shows it in a legend, too"
+    s = one_line(text, most).replace("$", r"\$")
+    return f" {s}" if s.startswith("_") or not s else s
+
+# %% ../nbs/00_core.ipynb #09060f1d
+@contextmanager
+def quiet_glyphs()->Iterator[None]:
+    "Draw characters that the font lacks as boxes, without a warning for each of them"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+# %% ../nbs/00_core.ipynb #371a1d21
+def _alone(c): return f"<span>&#{ord(c)};</span>"
+_markdown = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": _alone("$"), "\\": _alone("\\")} | {c: f"\\{c}" for c in "`*_[]|#~^@"})
+_latex = str.maketrans({c: f"\\{c}" for c in "{}$&%#_"} | {"[": "{[}", "]": "{]}", "*": "{*}", # \\* and \\[ mean something
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\symbol{34}", "`": r"\symbol{96}",
+    "±": r"$\pm$", "−": "$-$", "–": r"\textendash{}", "×": r"$\times$", "…": r"\ldots{}"})
+
+def as_markdown(
+    text, # As for `one_line`
+)->str:
+    "A text within a line or a table's cell of Markdown, where it is shown as it is"
+    return one_line(text).translate(_markdown)
+
+def as_latex(
+    text, # As for `one_line`
+)->str:
+    "A text within a line or a table's cell of LaTeX, where it is set as it is"
+    return one_line(text).translate(_latex).replace("--", "-{}-") # Which would be one dash
+
+def as_html(
+    text, # As for `one_line`
+)->str:
+    "A text within an element of HTML, where it is shown as it is, also where MathJax looks for mathematics"
+    return html.escape(one_line(text)).replace("$", _alone("$")).replace("\\", _alone("\\"))
 
 # %% ../nbs/00_core.ipynb #0bbb4a66
 _system = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}

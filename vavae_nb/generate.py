@@ -20,7 +20,7 @@ from torch import Tensor
 import vavae_nb
 from .config import Config, Sampling
 from .core import CheckpointError, ConfigError, DataError, LabelError, VavaeError, atomic_write, sha256_file, unknown_name
-from .core import progress as progress_bar
+from .core import as_label, quiet_glyphs, progress as progress_bar
 from .dit.model import LightningDiT
 from .flow.ddpm import ddpm_sample
 from .flow.path import paths
@@ -112,28 +112,43 @@ def generate_images(
     return out
 
 # %% ../nbs/36_generate.ipynb #183b1ae0
+def _label(ax, strip, name):
+    "A strip of images with its name on the left"
+    ax.imshow(strip, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    return ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+
+def _widest(fig, labels): # Pixels, as the figure; about 8 a letter
+    drawn = [t.get_window_extent(fig.canvas.get_renderer()).width for t in labels]
+    return max(*drawn, *(8*len(line) for t in labels for line in t.get_text().split("\n")))
+
 def save_grid(
     rows:list,        # Of uint8 arrays (n, H, W, 3), one a row
-    names:list[str],  # One a row
+    names:list[str],  # One a row, shown as they are; of long ones the middle is left out, and after the first newline all is one line
     path:str|Path,    # A PNG
     title:str="",     # Above it
 ):
     "Rows of images with their names"
     rows = [np.asarray(r) for r in rows]
+    names = ["\n".join(as_label(line, 32) for line in str(name).split("\n", 1)) for name in names]
     n, h, w = max(len(r) for r in rows), *rows[0].shape[1:3]
-    scale, beside, above = max(1, 64//h), 16+8*max(len(line) for name in names for line in name.split("\n")), 30 if title else 4 # Pixels, as the figure
-    W, H = beside+n*w*scale+4, above+len(rows)*(h*scale+6)
-    fig, axs = plt.subplots(len(rows), 1, figsize=(W/100, H/100), dpi=100, squeeze=False)
-    fig.subplots_adjust(left=beside/W, right=1-4/W, top=1-above/H, bottom=6/H, hspace=6/(h*scale))
-    for ax,row,name in zip(axs[:, 0], rows, names):
-        strip = np.full((h, n*w, 3), 255, np.uint8)
-        for i,im in enumerate(row): strip[:, i*w:(i+1)*w] = im
-        ax.imshow(strip, interpolation="nearest"); ax.set_xticks([]); ax.set_yticks([])
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        for s in ax.spines.values(): s.set_visible(False)
-    if title: fig.suptitle(title, fontsize=10, y=1-6/H, va="top")
-    with atomic_write(path) as tmp: fig.savefig(tmp)
-    plt.close(fig)
+    scale, above = max(1, 64//h), 30 if title else 4
+    with quiet_glyphs(), plt.rc_context({"text.usetex": False}), atomic_write(path) as tmp:
+        fig, axs = plt.subplots(len(rows), 1, dpi=100, squeeze=False)
+        labels = []
+        for ax,row,name in zip(axs[:, 0], rows, names):
+            strip = np.full((h, n*w, 3), 255, np.uint8)
+            for i,im in enumerate(row): strip[:, i*w:(i+1)*w] = im
+            labels.append(_label(ax, strip, name))
+        beside = 16+_widest(fig, labels)
+        W, H = beside+n*w*scale+4, above+len(rows)*(h*scale+6)
+        fig.set_size_inches(W/100, H/100)
+        fig.subplots_adjust(left=beside/W, right=1-4/W, top=1-above/H, bottom=6/H, hspace=6/(h*scale))
+        if title: fig.suptitle(as_label(title, 120), fontsize=10, y=1-6/H, va="top")
+        fig.savefig(tmp)
+        plt.close(fig)
 
 # %% ../nbs/36_generate.ipynb #d74e1c04
 @contextmanager
