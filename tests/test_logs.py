@@ -69,7 +69,7 @@ def two(tmp_path_factory):
     "That, without a terminal"
     d = tmp_path_factory.mktemp("two")
     env = os.environ | together(2) | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]), PYTHONWARNINGS="ignore")
-    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=200)
+    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=900)
     said = [[(d/f"{name}{k}.txt").read_text(encoding="utf-8") for name in ("out", "err")] for k in range(2)]
     assert r.returncode == 0, said
     return d, said

@@ -86,7 +86,7 @@ def test_the_numbers_of_one_process_until_one_dies(work, tmp_path, monkeypatch, 
     (one := tmp_path/"one").mkdir(); (many := tmp_path/"many").mkdir()
     (tmp_path/"shared.py").write_text(SHARED, encoding="utf-8")
     ps = start(n, [tmp_path/"shared.py", many, work, how], VAVAE_NB_CACHE=str(tmp_path/"theirs"))
-    said = [p.communicate(timeout=200) for p in ps]
+    said = [p.communicate(timeout=900) for p in ps]
     assert [p.returncode for p in ps] == [2, status]+[2]*(n-2), said
     assert all(f"process {r} of {n} lost the others" in err for r,(_,err) in enumerate(said) if r != 1) and says in said[1][1] and "Traceback" not in str(said), said
     assert ("psnr" in said[0][0]) == (how == "error") and not any(out for out,_ in said[1:]) # Only the first speaks

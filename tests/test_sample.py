@@ -51,7 +51,7 @@ def start(run, out, *args, python=(sys.executable, "-m", "vavae_nb.sample"), **e
                             env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 def done(p):
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=900)
     assert p.returncode == 0, out+err
     return out
 
