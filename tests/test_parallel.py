@@ -7,8 +7,8 @@ from together import together
 def run(folder, world, accumulate=1, steps=4):
     env = os.environ | together(world)
     out = folder/f"{world}-{accumulate}.pt"
-    ps = [subprocess.Popen([sys.executable, Path(__file__).parent/"parallel_worker.py", out, str(steps), str(accumulate)], env=env | dict(RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(world)]
-    said = [p.communicate(timeout=240)[0] for p in ps]
+    ps = [subprocess.Popen([sys.executable, Path(__file__).parent/"parallel_worker.py", out, str(steps), str(accumulate)], env=env | dict(RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") for r in range(world)]
+    said = [p.communicate(timeout=900)[0] for p in ps]
     assert not any(p.returncode for p in ps), said[0][-3000:]
     return torch.load(out)
 
