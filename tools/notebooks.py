@@ -81,6 +81,7 @@ def main():
     p.add_argument("--minutes", type=float, default=float("inf"), help="begin no further notebook after so many minutes (default: no limit)")
     p.add_argument("--report", type=Path, help="write there, as JSON, whether each passed, and its seconds")
     a = p.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace") # Whatever the locale: notebooks print formulas
     paths = [q.resolve() for q in a.notebooks] or sorted(q for q in (ROOT/"nbs").rglob("*.ipynb") if not q.name.startswith(("_", ".")))
     threads = str(max(1, (os.cpu_count() or 1)//min(a.workers, len(paths))))
     os.environ.setdefault("OMP_NUM_THREADS", threads)

@@ -9,7 +9,7 @@ __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'Checkpoint
            'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
-import difflib, errno, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time, unicodedata, warnings
+import difflib, errno, functools, getpass, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time, unicodedata, warnings
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -236,9 +236,23 @@ def sha256_file(
 def cache_dir(
     name:str="", # Sub-folder
 )->Path:         # An existing folder
-    "The folder for what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`"
+    "The folder for what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or, where that cannot be written, one for temporary files"
     p = _cache()/name
-    with writing(p): p.mkdir(parents=True, exist_ok=True)
+    try: p.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        if os.environ.get("VAVAE_NB_CACHE"): raise WriteError(_sentence(p, e.errno, e.strerror, ""), e.errno, e.strerror, str(p)) from None
+        p = _temporary_cache(e.strerror)/name
+        p.mkdir(parents=True, exist_ok=True)
+    return p
+
+@functools.cache
+def _temporary_cache(why): # The same for all processes of a user, and nobody else's
+    p = Path(tempfile.gettempdir())/f"vavae_nb-{getpass.getuser() if os.name == 'nt' else os.getuid()}"
+    p.mkdir(mode=0o700, exist_ok=True)
+    about = p.lstat()
+    theirs = os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022)
+    if theirs or not stat.S_ISDIR(about.st_mode): p = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
+    warnings.warn(f"{_cache()} cannot be written ({why}); what can be computed again is kept in {p} instead: point VAVAE_NB_CACHE at a folder to keep it longer")
     return p
 
 # %% ../nbs/00_core.ipynb #95a0ccb1

@@ -280,7 +280,7 @@ def run_latents(run:Run)->dict:
         record_statistics(tok, folder, seed=run.cfg.seed, normalize=run.cfg.tokenizer.normalize)
         tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
     wait()
-    latents = load_latents(folder, run.tokenizer())
+    latents = load_latents(folder, run.tokenizer(), check=False) # Just written, or just looked at
     return dict(images=len(latents), shape=list(latents.shape), shards=len(latents.shards))
 
 # %% ../../nbs/53_training.stages.ipynb #ae5ff0e3
@@ -288,7 +288,7 @@ def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
     run.file("latents", "latents")
-    latents = load_latents(_shards(run, tok, replace=False), tok)
+    latents = load_latents(_shards(run, tok, replace=False), tok, check=False)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
     if cfg.compile: compile_blocks(model.to(run.device).train(), t.batch_size//(world_size()*t.accumulate), cfg.precision)
