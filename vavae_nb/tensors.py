@@ -6,10 +6,10 @@
 __all__ = ['precisions', 'seed_everything', 'generator', 'rng_state', 'set_rng_state', 'ImageNoise', 'pick_device', 'has_bf16',
            'resolve_precision', 'autocast', 'set_tf32', 'at_least_fp32', 'rel_err', 'test_tensor', 'check_labels',
            'save_tensors', 'load_tensors', 'check_fit', 'load_into', 'build_from', 'StandIn', 'load_torch',
-           'save_torch']
+           'save_torch', 'npz_names', 'npz_array']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
-import _compat_pickle, hashlib, io, json, operator, os, pickle, pickletools, random, sys, zipfile
+import _compat_pickle, hashlib, io, json, math, operator, os, pickle, pickletools, random, sys, zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from .core import CheckpointError, ConfigError, LabelError, atomic_write, parse_json
+from .core import CheckpointError, ConfigError, DataError, LabelError, atomic_write, parse_json
 
 # %% ../nbs/02_tensors.ipynb #6916478a
 def seed_everything(
@@ -336,3 +336,42 @@ def save_torch(
 ):
     "Write a file as `torch.save` does, whole or not at all"
     with atomic_write(path) as tmp, open(tmp, "wb") as f: torch.save(contents, f)
+
+# %% ../nbs/02_tensors.ipynb #590fdba2
+def npz_names(
+    path:str|Path, # An `.npz` file
+)->list[str]:
+    "The names of its arrays"
+    try:
+        with zipfile.ZipFile(path) as z: return [n.removesuffix(".npy") for n in z.namelist()]
+    except Exception as e: raise DataError(f"{path} is not a whole .npz of plain arrays ({e}); write or download it again") from None
+
+def _npy_header(f, size, stored): # Shape, order, type and where the numbers begin, of an array of so many bytes, packed in `stored`
+    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(f)
+    if dtype.hasobject: raise ValueError("it holds Python objects")
+    if f.tell()+math.prod(shape)*dtype.itemsize != size or size > 1100*stored: # Deflate makes a thousandth at best
+        raise ValueError(f"its header claims {dtype} of shape {shape}, which the file does not hold")
+    return shape, "F" if fortran else "C", dtype, f.tell()
+
+def npz_array(
+    path:str|Path,   # An `.npz` file
+    name:str,        # Of the array
+    check:bool=True, # Compare its CRC-32? That reads the array once
+)->np.ndarray:       # Memory-mapped, where the file stores it uncompressed
+    "One array of an .npz file, without reading the others, and without holding this one where that can be avoided"
+    try:
+        with zipfile.ZipFile(path) as z:
+            info = z.getinfo(f"{name}.npy")
+            with z.open(info) as f:
+                shape, order, dtype, start = _npy_header(f, info.file_size, info.compress_size)
+                mapped = info.compress_type == zipfile.ZIP_STORED and 0 not in shape
+                while check and mapped and f.read(2**22): pass # zipfile compares at the end
+        if not mapped:
+            with np.load(path, allow_pickle=False) as z: return z[name]
+        with open(path, "rb") as f: # The local header repeats the name, and has extra bytes of its own
+            f.seek(info.header_offset+26)
+            start += info.header_offset+30+sum(int.from_bytes(f.read(2), "little") for _ in range(2))
+        return np.memmap(path, dtype, "r", start, shape, order)
+    except Exception as e: # zipfile, zlib and numpy raise many kinds
+        raise DataError(f"{path} is not a whole .npz of plain arrays ({name}: {e}); write or download it again") from None
