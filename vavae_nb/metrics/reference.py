@@ -71,8 +71,9 @@ def _of_array(pixels, name, fingerprint="", labels=None):
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3: raise _not_images(pixels)
     if not len(pixels): raise DataError(f"{name} holds no images")
     labels = np.zeros(len(pixels), int) if labels is None else np.asarray(labels)
-    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 10**6:
-        raise DataError(f"{name} holds {len(pixels)} images, but labels {labels.dtype} of shape {labels.shape}; they must be a whole number from 0 for each image")
+    if labels.shape != pixels.shape[:1]: raise DataError(f"{name} holds {len(pixels)} images but {labels.size} labels; each has one")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 10**6:
+        raise DataError(f"the labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}; they must be whole numbers from 0 to a million")
     return Images(pixels, labels, [str(i) for i in range(labels.max()+1)], name, fingerprint or pixels_sha256(pixels, []))
 
 def load_images(
