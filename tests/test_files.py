@@ -129,6 +129,29 @@ def test_a_name_is_as_durable_as_what_it_names(tmp_path, monkeypatch):
     with atomic_write(tmp_path/"b.json") as tmp: tmp.write_text("{}", encoding="utf-8") # A file system that refuses
     assert (tmp_path/"b.json").exists()
 
+FULL = """
+import shutil, sys
+from pathlib import Path
+from vavae_nb import data
+from vavae_nb.core import WriteError
+usage = shutil.disk_usage("/")
+data.shutil.disk_usage = lambda _: usage._replace(free=10**12) # Filled by somebody else meanwhile
+try: data.folder(sys.argv[1], 128)
+except WriteError as e: print("refused:", e)
+"""
+def test_a_disk_that_fills_up_while_pixels_are_mapped_is_no_bus_error(tmp_path):
+    disk = tmp_path/"tiny"
+    disk.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        (tmp_path/"pictures"/"cat").mkdir(parents=True)
+        for i in range(40): NOISE.save(tmp_path/"pictures"/"cat"/f"{i}.png")
+        r = subprocess.run([sys.executable, "-c", FULL, tmp_path/"pictures"], capture_output=True, text=True, env=os.environ | dict(VAVAE_NB_CACHE=str(disk)))
+        assert r.returncode == 0 and "refused:" in r.stdout and "pixels.npy could not be written (No space left" in r.stdout, r.stdout+r.stderr
+        assert "make room, or point VAVAE_NB_CACHE at another folder, and call" in r.stdout and not [p for p in disk.rglob(".*")]
+    finally: subprocess.run(["umount", disk], check=True)
+
 HELD = """
 import sys, time
 from vavae_nb.core import atomic_write

@@ -7,7 +7,7 @@ __all__ = ['image_endings', 'Images', 'to_batch', 'pixels_sha256', 'embedded', '
            'LazyImages', 'lazy_folder', 'load_data', 'first_of_each', 'held_out', 'Batches']
 
 # %% ../nbs/04_data.ipynb #a18c0145
-import hashlib, json, os, shutil, warnings
+import errno, hashlib, json, os, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
@@ -163,6 +163,13 @@ def _warn_of_one_class(root, classes):
 def _read_meta(store): # None where the images are to be decoded
     with suppress(DataError): return read_json(store/"meta.json")
 
+def _reserve(path, size): # A full disk is an error now, where writing through the map would end the process
+    if not hasattr(os, "posix_fallocate"): return
+    with open(path, "r+b") as f:
+        try: os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP): raise
+
 def _decode(paths, labels, size, store, workers):
     need, free = len(paths)*size*size*3, shutil.disk_usage(store.parent).free
     if need > .95*free: raise DataError(f"{len(paths)} images of {size}×{size} need {need/1e9:.1f} GB in {store.parent}, which has {free/1e9:.1f} GB; "
@@ -176,6 +183,7 @@ def _decode(paths, labels, size, store, workers):
     keep, skipped, smallest, enlarged = [], [], size, 0
     with atomic_write(store/"pixels.npy") as tmp, ThreadPoolExecutor(workers) as pool:
         out = np.lib.format.open_memmap(tmp, "w+", np.uint8, (len(paths), size, size, 3))
+        _reserve(tmp, out.nbytes)
         for i,(pixels,info) in enumerate(progress(pool.map(read, paths), "decoding images", len(paths), "image")):
             if pixels is None: skipped.append(info); continue
             out[len(keep)] = pixels; keep.append(i)

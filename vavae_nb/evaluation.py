@@ -43,7 +43,8 @@ def _fits(d, kinds): # Is this a dict with values of these kinds, and no number 
 
 def _is_evaluation(d):
     if not _fits(d, _parts) or d.keys() != _parts.keys(): return False
-    return all(_fits(f, _figure) for f in d["figures"]) and all(_fits(o, dict(metric=str, reason=str)) for o in d["omitted"])
+    omitted = all(_fits(o, dict(metric=str, reason=str)) for o in d["omitted"])
+    return omitted and all(_fits(f, _figure) for f in d["figures"])
 
 @dataclass
 class Evaluation:
@@ -74,7 +75,8 @@ class Evaluation:
         return found
 
     def save(self, path:str|Path): # A JSON
-        with atomic_write(path) as tmp: tmp.write_text(json.dumps(dict(kind=_kind) | asdict(self), indent=1), encoding="utf-8")
+        text = json.dumps(dict(kind=_kind) | asdict(self), indent=1)
+        with atomic_write(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path:str|Path)->"Evaluation": # A JSON of `save`
@@ -82,7 +84,8 @@ class Evaluation:
         if not Path(path).is_file(): raise DataError(f"no file at {path}; it is what python -m vavae_nb.evaluate writes")
         d = read_json(path, "evaluate again")
         if d.pop("kind", "") != _kind: raise DataError(f"{path} is not an evaluation; give the JSON of python -m vavae_nb.evaluate")
-        if not _is_evaluation(d): raise DataError(f"{path} lacks a part of an evaluation, or holds more than that; evaluate again")
+        if not _is_evaluation(d):
+            raise DataError(f"{path} lacks a part of an evaluation, or holds more than that; evaluate again")
         return cls(**d)
 
 # %% ../nbs/46_evaluation.ipynb #5db47ce2
@@ -189,7 +192,8 @@ def how_drawn(
         record = read_json(folder/"sample.json", fix)
         s, outputs = record.get("settings", {}), record.get("outputs", {})
         npz = outputs.get("npz", {}) if isinstance(outputs, dict) else None
-        if not isinstance(s, dict) or not isinstance(npz, dict): raise DataError(f"{folder/'sample.json'} does not say how samples were drawn; {fix}")
+        if not isinstance(s, dict) or not isinstance(npz, dict):
+            raise DataError(f"{folder/'sample.json'} does not say how samples were drawn; {fix}")
         s = dict(s)
         if file.suffix == ".npz" and file.is_file() and npz.get("sha256") != remembered_sha256(file): return silent | dict(label_sampling="not said (the sample.json beside is of another file)")
         return dict(label_sampling=s.pop("classes", "not said"), seed=s.pop("seed", None), sampling=s)

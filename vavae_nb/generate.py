@@ -193,8 +193,9 @@ class SampleSet:
         fix = "it is damaged: delete it and call the same command again"
         record = read_json(self.file, fix, error=ConfigError)
         outputs = record.get("outputs", {})
-        whole = isinstance(outputs, dict) and all(isinstance(o, dict) and isinstance(o.get("file"), str) for o in outputs.values())
-        if not whole: raise ConfigError(f"{self.file} does not say what was made; {fix}")
+        names_file = lambda o: isinstance(o, dict) and isinstance(o.get("file"), str)
+        if not isinstance(outputs, dict) or not all(map(names_file, outputs.values())):
+            raise ConfigError(f"{self.file} does not say what was made; {fix}")
         return record
     def write_record(self, **what):
         with atomic_write(self.file) as tmp: tmp.write_text(json.dumps(what, indent=1), encoding="utf-8")
@@ -208,11 +209,13 @@ class SampleSet:
     def read(self, start)->tuple[np.ndarray,np.ndarray,dict]: # Images, labels, and how they were made
         path = self.chunk(start)
         try: tensors, meta = load_tensors(path)
-        except CheckpointError as e: raise CheckpointError(f"{e}; delete {path} and call the same command again") from None
+        except CheckpointError as e:
+            raise CheckpointError(f"{e}; delete {path} and call the same command again") from None
         self._same(meta.get("settings"), path)
         x, y, made = tensors.get("images"), tensors.get("labels"), meta.get("made")
         n = len(self.labels[start:start+self.per_chunk])
-        if x is None or y is None or x.dtype != torch.uint8 or x.ndim != 4 or y.shape != (n,) or len(x) != n or not isinstance(made, dict):
+        numbers = x is not None and y is not None and x.dtype == torch.uint8
+        if not numbers or x.ndim != 4 or len(x) != n or y.shape != (n,) or not isinstance(made, dict):
             raise CheckpointError(f"{path} is no chunk of these samples; delete it and call the same command again")
         return x.numpy(), y.numpy(), made
 
@@ -296,7 +299,8 @@ def load_samples(
 )->tuple[np.ndarray,np.ndarray|None]: # uint8 (n, H, W, 3), and labels (n,) if it has them
     "Read an `.npz` of images as ADM's evaluator would; any other is refused"
     if not Path(path).is_file(): raise DataError(f"no file at {path}")
-    if "arr_0" not in (names := npz_names(path)): raise DataError(f"{path} has no array 'arr_0'; images go under that name")
+    names = npz_names(path)
+    if "arr_0" not in names: raise DataError(f"{path} has no array 'arr_0'; images go under that name")
     x, y = np.array(npz_array(path, "arr_0")), np.array(npz_array(path, "labels")) if "labels" in names else None
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
         raise DataError(f"arr_0 of {path} is {x.dtype} of shape {x.shape}; images are uint8 of shape (n, H, W, 3): from [−1, 1] they come by clamp(127.5 x + 128, 0, 255)")

@@ -49,8 +49,10 @@ _said = dict(tokenizer=str, data=str, data_fingerprint=str, classes=list, n=int,
 
 def _check_description(path, meta):
     odd = [k for k,kind in _said.items() if not isinstance(meta.get(k), kind)]
-    if not odd and not (0 < meta["n"] <= 10**6*meta["per_shard"] and meta["world_size"] <= 10**6): odd = ["n, per_shard or world_size"]
-    if odd: raise DataError(f"{path} says of itself what no shard can ({', '.join(odd)}): extract the images again")
+    few = not odd and 0 < meta["n"] <= 10**6*meta["per_shard"] and meta["world_size"] <= 10**6 # Shards in all
+    if not few:
+        odd = ", ".join(odd) or "n, per_shard or world_size"
+        raise DataError(f"{path} says of itself what no shard can ({odd}): extract the images again")
 
 def open_shard(
     path:str|Path,    # A safetensors file
@@ -85,7 +87,8 @@ def check_shards(
 ):
     "Read all shards of a folder and refuse those that are not what was written"
     for path,why in _damaged(shard_files(folder)).items():
-        raise DataError(f"{why} (python -m vavae_nb.train for a run's latents, else python -m vavae_nb.extract; whole shards are kept)")
+        raise DataError(f"{why} (python -m vavae_nb.train for a run's latents, else python -m vavae_nb.extract; "
+                        "whole shards are kept)")
 
 # %% ../nbs/20_latents.ipynb #c40d7ef7
 def _again(path, why):
@@ -93,7 +96,8 @@ def _again(path, why):
     path.unlink(missing_ok=True)
 
 def _kept(folder, about, replace, own, check):
-    "The whole shards of the same extraction that are there; damaged ones go, those of another are refused or replaced. Only files that are its own does a process read whole or delete"
+    "The whole shards of the same extraction that are there; damaged ones go, those of another are refused or replaced"
+    # A process reads whole and deletes only what is its own
     kept = set()
     for path in shard_files(folder):
         try: meta = open_shard(path)[1]
@@ -123,7 +127,7 @@ def extract_shards(
     share:tuple[int,int]=(0, 1), # Which of how many that share the shards of this rank: their names and contents do not depend on it
     precision:str="auto",  # `auto`, `fp32` or `bf16`
     replace:bool=False,    # Delete shards of another extraction, instead of refusing them
-    check:bool=True,       # Compare the checksums of this process's shards that are there, and make again what has changed?
+    check:bool=True,       # Compare checksums of this process's shards that are there, and make again what changed?
 )->list[Path]:             # The shards of this process
     "Write a posterior sample of each image and of its mirror image; whole shards of an interrupted call are kept"
     for r,of in ((rank, world_size), share):
@@ -133,8 +137,9 @@ def extract_shards(
                  per_shard=per_shard, world_size=world_size, precision=resolve_precision(device, precision))
     layout = shard_ranges(len(images), per_shard, world_size)
     mine = dict([kv for kv in layout.items() if int(_shard.match(kv[0])[1]) == rank][share[0]::share[1]])
-    kept = _kept(folder, about, replace, lambda name: name in mine or name not in layout and rank == share[0] == 0, check)
-    if rank == share[0] == 0: sweep_temporary(folder)
+    first = rank == share[0] == 0
+    kept = _kept(folder, about, replace, lambda name: name in mine or first and name not in layout, check)
+    if first: sweep_temporary(folder)
     for left in (p for k in mine for p in folder.glob(f".{k}.*")): left.unlink() # Of a process that was killed
     todo = {k: v for k,v in mine.items() if k not in kept}
     size = images.size//tokenizer.downsampling
@@ -146,7 +151,8 @@ def extract_shards(
             tensors, which = _encode(tokenizer, images, a, b, seed, batch_size, precision, bar)
             if not all(o.isfinite().all() for o in tensors.values()): raise DataError(f"latents of images {a} to {b-1} are not finite; the tokenizer has diverged, train it again")
             tensors["labels"] = torch.as_tensor(images.labels)[which]
-            save_tensors(folder/name, tensors, about | dict(range=[a, b], skipped=sorted({*range(a, b)}-{*which.tolist()})))
+            skipped = sorted({*range(a, b)}-{*which.tolist()})
+            save_tensors(folder/name, tensors, about | dict(range=[a, b], skipped=skipped))
     tokenizer.train(training)
     return [folder/k for k in mine]
 
@@ -338,7 +344,7 @@ def missing_shards(
 def load_latents(
     folder:str|Path,       # Shards, and their `latents_stats.pt` if there is one
     tokenizer:Autoencoder, # What will decode them
-    check:bool=True,       # Read them all and compare their checksums? Not after `extract_shards`, which has just done it
+    check:bool=True,       # Read them all and compare their checksums? `extract_shards` has just done so
 )->Latents:                # Memory-mapped, normalised by the tokenizer's own statistics
     "Open a folder of shards; latents or statistics of another tokenizer are refused"
     folder, own = Path(folder), tokenizer.fingerprint()

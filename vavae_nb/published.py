@@ -70,7 +70,8 @@ def vavae_config(
 def _read_off(path, config, *args): # A configuration, of tensors of any names and shapes
     try: return config(*args)
     except (CheckpointError, ConfigError) as e: raise type(e)(f"{path}: {e}") from None
-    except Exception as e: raise CheckpointError(f"{path}: its tensors have names or shapes that no such network has ({e})") from None
+    except Exception as e:
+        raise CheckpointError(f"{path}: its tensors have names or shapes that no such network has ({e})") from None
 
 _vavae = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
@@ -231,7 +232,8 @@ def from_diffusers(
     else: config, tensors, where = dict(source.config), source.state_dict(), type(source).__name__
     try: ours, d = config_from_diffusers(config), config.get("latent_channels", _kl_default["latent_channels"])
     except VavaeError: raise
-    except Exception as e: raise CheckpointError(f"{where}: its configuration holds values of another kind than diffusers writes ({e})") from None
+    except Exception as e:
+        raise CheckpointError(f"{where}: its configuration holds values that diffusers does not write ({e})") from None
     for flag, name, n in (("use_quant_conv", "quant_conv", 2*d), ("use_post_quant_conv", "post_quant_conv", d)):
         if not config.get(flag, True): tensors = tensors | {f"{name}.weight": torch.eye(n)[:,:,None,None], f"{name}.bias": torch.zeros(n)}
     left = {".".join(_kl_old.get(w, w) for w in k.split(".")): v for k,v in tensors.items()}

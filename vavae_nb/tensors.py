@@ -206,7 +206,9 @@ def load_tensors(
     "Read a file written by `save_tensors` (or any safetensors file; its description is then its header's strings)"
     if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
     try:
-        with safe_open(path, framework="pt") as f: about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, framework="pt") as f:
+            about = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: # A damaged header can raise many kinds
         why = str(e) or type(e).__name__
         raise CheckpointError(f"{path} is not a whole safetensors file ({why}); write or download it again") from None
@@ -214,7 +216,7 @@ def load_tensors(
         raise CheckpointError(f"{path} is not what was written: at least one of its bytes has changed since; "
                               "restore it from a copy, or delete it and call the command again that wrote it")
     if "json" not in about: return tensors, about
-    meta = parse_json(about["json"], f"the description in {path}", "write or download the file again", error=CheckpointError)
+    meta = parse_json(about["json"], f"the description in {path}", "write or download it again", error=CheckpointError)
     meta.pop("sha256_of_contents", None)
     return tensors, meta
 
@@ -252,13 +254,14 @@ def build_from(
     source:str|Path,          # Where they come from, for the message
 )->nn.Module:                 # On the CPU, in fp32
     "Build a network without drawing random numbers, and fill it whole; one that the tensors are not of takes no memory"
-    if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; write or download it again")
+    again = "write or download it again"
+    if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; {again}")
     try:
-        if max(config.get("depth", 0), config.get("num_res_blocks", 0), len(config.get("ch_mult", ()))) > len(tensors):
-            raise ConfigError(f"it has more blocks than the file has tensors ({len(tensors)})")
+        blocks = max(config.get("depth", 0), config.get("num_res_blocks", 0)*len(config.get("ch_mult", ())))
+        if blocks > max(1000, len(tensors)): raise ConfigError(f"{blocks} blocks, and the file has {len(tensors)} tensors")
         with torch.device("meta"): model = cls(**config)
     except Exception as e: # Values of any kind can be anywhere
-        raise CheckpointError(f"{source} has a configuration that this version does not know: {e}; write or download it again") from None
+        raise CheckpointError(f"{source} has a configuration that this version does not know: {e}; {again}") from None
     check_fit(model, tensors, source)
     model.to_empty(device="cpu").load_state_dict(tensors)
     return model
@@ -344,11 +347,16 @@ def npz_names(
     "The names of its arrays"
     try:
         with zipfile.ZipFile(path) as z: return [n.removesuffix(".npy") for n in z.namelist()]
-    except Exception as e: raise DataError(f"{path} is not a whole .npz of plain arrays ({e}); write or download it again") from None
+    except Exception as e: raise _not_npz(path, e) from None
 
-def _npy_header(f, size, stored): # Shape, order, type and where the numbers begin, of an array of so many bytes, packed in `stored`
-    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(f)
+def _not_npz(path, why):
+    return DataError(f"{path} is not a whole .npz of plain arrays ({why}); write or download it again")
+
+def _npy_header(f, size, stored):
+    "Shape, order, type and first byte of an array of so many bytes, packed into `stored`"
+    formats = np.lib.format
+    first = formats.read_magic(f) == (1, 0)
+    shape, fortran, dtype = formats.read_array_header_1_0(f) if first else formats.read_array_header_2_0(f)
     if dtype.hasobject: raise ValueError("it holds Python objects")
     if f.tell()+math.prod(shape)*dtype.itemsize != size or size > 1100*stored: # Deflate makes a thousandth at best
         raise ValueError(f"its header claims {dtype} of shape {shape}, which the file does not hold")
@@ -374,4 +382,4 @@ def npz_array(
             start += info.header_offset+30+sum(int.from_bytes(f.read(2), "little") for _ in range(2))
         return np.memmap(path, dtype, "r", start, shape, order)
     except Exception as e: # zipfile, zlib and numpy raise many kinds
-        raise DataError(f"{path} is not a whole .npz of plain arrays ({name}: {e}); write or download it again") from None
+        raise _not_npz(path, f"{name}: {e}") from None

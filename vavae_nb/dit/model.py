@@ -138,11 +138,13 @@ class LightningDiT(nn.Module):
         if head.get("kind") != "LightningDiT": raise CheckpointError(f"{path} was not written by LightningDiT.save")
         has = sorted({k.split(".")[0] for k in tensors})
         which = which or (has or ["model"])[0]
-        if which not in has: raise CheckpointError(f"{path} has no '{which}' weights; it has: {', '.join(has) or 'none'}")
+        if which not in has:
+            raise CheckpointError(f"{path} has no '{which}' weights; it has: {', '.join(has) or 'none'}")
         own = {k.removeprefix(f"{which}."): v for k,v in tensors.items() if k.startswith(f"{which}.")}
         model = build_from(cls, head.get("config"), own, path)
         model.meta = head.get("meta")
-        if not isinstance(model.meta, dict): raise CheckpointError(f"{path} has no description of its model; write or download it again")
+        if not isinstance(model.meta, dict):
+            raise CheckpointError(f"{path} has no description of its model; write or download it again")
         return model.eval()
 
 # %% ../../nbs/31_dit.model.ipynb #62b1f18a

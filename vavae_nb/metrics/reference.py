@@ -71,9 +71,10 @@ def _of_array(pixels, name, fingerprint="", labels=None):
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3: raise _not_images(pixels)
     if not len(pixels): raise DataError(f"{name} holds no images")
     labels = np.zeros(len(pixels), int) if labels is None else np.asarray(labels)
-    if labels.shape != pixels.shape[:1]: raise DataError(f"{name} holds {len(pixels)} images but {labels.size} labels; each has one")
+    if labels.shape != pixels.shape[:1]: raise DataError(f"{name} holds {len(pixels)} images but {labels.size} labels")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 10**6:
-        raise DataError(f"the labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}; they must be whole numbers from 0 to a million")
+        raise DataError(f"the labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}; "
+                        "they must be whole numbers from 0 to a million")
     return Images(pixels, labels, [str(i) for i in range(labels.max()+1)], name, fingerprint or pixels_sha256(pixels, []))
 
 def load_images(
@@ -155,13 +156,14 @@ def _saved(path, extractor, images=None):
     t,meta = load_tensors(path)
     if meta.get("kind") != _kind: raise DataError(f"{path} is not a saved reference")
     kinds = dict(name=str, fingerprint=str, extractor=str, n=int, note=str)
-    if not {"mean", "cov"} <= t.keys() or "mean_s" in t and "cov_s" not in t or not all(isinstance(meta.get(k), v) for k,v in kinds.items()):
+    whole = {"mean", "cov"} <= t.keys() and ("mean_s" in t) == ("cov_s" in t)
+    if not whole or not all(isinstance(meta.get(k), kind) for k,kind in kinds.items()):
         raise DataError(f"{path} lacks a part of a saved reference; save it again")
     return Reference(meta["name"], meta["fingerprint"], meta["extractor"], _stats_from(t, meta["n"]), _stats_from(t, meta["n"], "_s"), images, meta["note"]).check(extractor)
 
 def _numbers(path, name):
     a = npz_array(path, name)
-    if a.dtype.kind != "f": raise DataError(f"{path} holds {a.dtype} under {name}; statistics are floating-point numbers")
+    if a.dtype.kind != "f": raise DataError(f"{path} holds {a.dtype} under {name}; statistics are floats")
     return np.array(a, np.float64)
 
 def _adm(path, extractor, names): # A file that holds statistics; None if they are of another extractor but it holds images, too

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress, sweep_temporary
+from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress, sweep_temporary, writing
 from ..pretrained import timm_network
 from ..processes import is_first, max_over, share, wait, world_size
 from ..tensors import autocast, generator, has_bf16, rel_err
@@ -167,7 +167,8 @@ def cached_features(
     if max_over(torch.tensor(float(not path.is_file()), device=vfm.mean.device)): _write_features(path, shape, vfm, images, batch_size, precision)
     if not path.is_file(): raise DataError(f"the first process wrote {path}, but this one does not see it; point VAVAE_NB_CACHE at a folder that all processes share")
     try: return np.load(path, mmap_mode="r")
-    except ValueError as e: raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
+    except ValueError as e:
+        raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #2c61d790
 def _write_features(path, shape, vfm, images, batch_size, precision):
@@ -193,7 +194,7 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
 def _one_file(path, device): # `atomic_write` by all processes together
     name = torch.zeros(255, dtype=torch.uint8, device=device)
     if not is_first():
-        yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
+        with writing(path): yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
         wait()
     else:
         with atomic_write(path) as tmp:

@@ -29,7 +29,8 @@ def read_log(
     try:
         with open(path, newline="", encoding="utf-8") as f: rows = [r for r in csv.reader(f) if len(r) == 5][1:]
         for stage,step,_,term,value in rows: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
-    except (ValueError, csv.Error) as e: raise DataError(f"{path} is no log of a run ({e}); restore it from a copy, or remove it") from None
+    except (ValueError, csv.Error) as e:
+        raise DataError(f"{path} is no log of a run ({e}); restore it from a copy, or remove it") from None
     return out
 
 def cut_log(
