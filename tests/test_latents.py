@@ -163,12 +163,12 @@ FULL = """
 import resource, sys, torch
 sys.path.insert(0, {here!r})
 from test_latents import extract, tokenizer
-from vavae_nb.core import DataError
+from vavae_nb.core import WriteError
 tok = tokenizer()
 extract(tok, {out!r}, per_shard=10, world_size=2, rank=0)        # 20 kB of latents a shard
 resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 try: extract(tok, {out!r}, per_shard=10, world_size=2, rank=1)
-except DataError as e: print("refused:", e)
+except WriteError as e: print("refused:", e)
 """
 def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     code = FULL.format(here=str(Path(__file__).parent), out=str(tmp_path/"z"))

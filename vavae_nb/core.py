@@ -139,7 +139,7 @@ def _said(e, files):
         number = getattr(e, "errno", None)
         if m := re.search(r"\(os error (\d+)\)$", str(e)): number = int(m[1]) # safetensors'
         if number in _system: return number, os.strerror(number)
-        if isinstance(e, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(e)): return None, str(e) # numpy's
+        if re.fullmatch(r"\d+ requested and \d+ written", str(e)): return None, str(e) # numpy's
         e = e.__cause__ or e.__context__
 
 def _cache(): return Path(os.environ.get("VAVAE_NB_CACHE") or Path.home()/".cache"/"vavae_nb")
@@ -150,7 +150,7 @@ def _sentence(path, number, words, kept):
     if number not in _full: fix = f"see that its folder can be written, or {elsewhere},"
     else:
         fix = "make room"+(f", or {elsewhere}," if cached else "")
-        while not there.exists() and there != there.parent: there = there.parent
+        while not os.path.exists(there) and there != there.parent: there = there.parent
         with suppress(OSError): words += f"; {shutil.disk_usage(there).free/1e6:,.1f} MB are free there"
     return f"{path} could not be written ({words}){kept}; {fix} and call the same command again"
 
@@ -184,7 +184,7 @@ def atomic_write(
 )->Iterator[Path]: # Temporary name to write to, in the same folder
     "Write a file so that `path` is either the whole new file or what it was before; a failure is a `WriteError`"
     path, names, fd = Path(path), [], None
-    kept = ": nothing of it is left" + (", and the file before is as it was" if path.exists() else "")
+    kept = ": nothing of it is left" + (", and the file before is as it was" if os.path.exists(path) else "")
     try:
         with writing(path, names, kept):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def atomic_write(
         if fd is not None: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #6e272d4e
-_temporary = re.compile(r"\..+\.[a-z0-9_]{8}\.part(\.[^.]*)?|\.tmp[A-Za-z0-9]{6}") # `atomic_write`'s, and safetensors' own
+_temporary = re.compile(r"\..+\.[a-z0-9_]{8}\.part(\.[^.]*)?|\.tmp[A-Za-z0-9]{6}") # `atomic_write`'s, safetensors'
 
 def _left_over(path, age): # Is this the file of a writer that is dead?
     about = path.lstat()
@@ -274,9 +274,9 @@ def read_text(
     "The text of a file that people or faults may have changed"
     try:
         with open(path, "rb") as f: raw = f.read(limit+1)
-        if len(raw) > limit: raise error(f"{path} has more than {limit:,} bytes, and what belongs there has far fewer; {fix}")
+        if len(raw) > limit: raise error(f"{path} has over {limit:,} bytes, what belongs there has far fewer; {fix}")
         return raw.decode("utf-8")
-    except UnicodeDecodeError as e: raise error(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}); {fix}") from None
+    except UnicodeDecodeError as e: raise error(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); {fix}") from None
     except OSError as e: raise error(f"{path} cannot be read ({e.strerror or e}); {fix}") from None
 
 def _children(o): return o.values() if isinstance(o, dict) else o if isinstance(o, list) else ()

@@ -7,15 +7,17 @@ __all__ = ['image_endings', 'Images', 'to_batch', 'pixels_sha256', 'embedded', '
            'LazyImages', 'lazy_folder', 'load_data', 'first_of_each', 'held_out', 'Batches']
 
 # %% ../nbs/04_data.ipynb #a18c0145
-import hashlib, json, os, shutil, warnings
+import errno, hashlib, json, os, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from .core import ConfigError, DataError, atomic_write, cache_dir, keep_on_disk, progress, unknown_name
+from .core import ConfigError, DataError, atomic_write, cache_dir, keep_on_disk, progress
+from .core import read_json, sweep_temporary, unknown_name, writing
 from .processes import share
 from .tensors import generator
 
@@ -90,7 +92,7 @@ def embedded(
     "The embedded part of CIFAR-10; the pixels' SHA-256 is checked"
     if split not in ("train", "test"): raise DataError(f"the embedded data has the splits train and test, not '{split}'")
     base = files("vavae_nb")/"embedded"/f"cifar10_embedded_{split}"
-    meta = json.loads(base.with_suffix(".json").read_text())
+    meta = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
     labels = np.array(meta["labels"])
     sheet = np.asarray(Image.open(base.with_suffix(".webp")).convert("RGB"))
     rows, cols = sheet.shape[0]//32, sheet.shape[1]//32
@@ -158,7 +160,15 @@ def folder(
 def _warn_of_one_class(root, classes):
     if len(classes) == 1: warnings.warn(f"{root} holds one class ('{classes[0]}'): a model trained on it is unconditional in all but name")
 
-def _read_meta(store): return json.loads((store/"meta.json").read_text()) if (store/"meta.json").exists() else None
+def _read_meta(store): # None where the images are to be decoded
+    with suppress(DataError): return read_json(store/"meta.json")
+
+def _reserve(path, size): # A full disk is an error now, where writing through the map would end the process
+    if not hasattr(os, "posix_fallocate"): return
+    with open(path, "r+b") as f:
+        try: os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP): raise
 
 def _decode(paths, labels, size, store, workers):
     need, free = len(paths)*size*size*3, shutil.disk_usage(store.parent).free
@@ -168,10 +178,12 @@ def _decode(paths, labels, size, store, workers):
         try:
             with Image.open(path) as im: return center_crop(im, size), min(im.size)
         except Exception as e: return None, f"{path.name} ({type(e).__name__})" # Pillow raises many kinds for a broken file
-    store.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(store.parent, deep=True)
+    with writing(store): store.mkdir(parents=True, exist_ok=True)
     keep, skipped, smallest, enlarged = [], [], size, 0
     with atomic_write(store/"pixels.npy") as tmp, ThreadPoolExecutor(workers) as pool:
         out = np.lib.format.open_memmap(tmp, "w+", np.uint8, (len(paths), size, size, 3))
+        _reserve(tmp, out.nbytes)
         for i,(pixels,info) in enumerate(progress(pool.map(read, paths), "decoding images", len(paths), "image")):
             if pixels is None: skipped.append(info); continue
             out[len(keep)] = pixels; keep.append(i)
@@ -182,7 +194,7 @@ def _decode(paths, labels, size, store, workers):
     labels = labels[keep]
     with atomic_write(store/"labels.npy") as tmp: np.save(tmp, labels)
     meta = dict(skipped=skipped, enlarged=enlarged, smallest=smallest, fingerprint=pixels_sha256(np.load(store/"pixels.npy", mmap_mode="r"), labels))
-    with atomic_write(store/"meta.json") as tmp: tmp.write_text(json.dumps(meta)) # Last: its presence says that the rest is whole
+    with atomic_write(store/"meta.json") as tmp: tmp.write_text(json.dumps(meta), encoding="utf-8") # Last: its presence says that the rest is whole
     return meta
 
 def _truncate(path, n, size):

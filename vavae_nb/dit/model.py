@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..core import CheckpointError, ConfigError, ShapeError, unknown_name
-from ..tensors import autocast, check_labels, load_into, load_tensors, save_tensors
+from ..tensors import autocast, build_from, check_labels, load_tensors, save_tensors
 from .blocks import DiTBlock, FinalLayer, LabelEmbedder, Rope2d, TimestepEmbedder, sincos_2d
 
 # %% ../../nbs/31_dit.model.ipynb #c48a6ec5
@@ -137,11 +137,14 @@ class LightningDiT(nn.Module):
         tensors, head = load_tensors(path)
         if head.get("kind") != "LightningDiT": raise CheckpointError(f"{path} was not written by LightningDiT.save")
         has = sorted({k.split(".")[0] for k in tensors})
-        which = which or has[0]
-        if which not in has: raise CheckpointError(f"{path} has no '{which}' weights; it has: {', '.join(has)}")
-        model = cls(**head["config"])
-        load_into(model, {k.removeprefix(f"{which}."): v for k,v in tensors.items() if k.startswith(f"{which}.")}, path)
-        model.meta = head["meta"]
+        which = which or (has or ["model"])[0]
+        if which not in has:
+            raise CheckpointError(f"{path} has no '{which}' weights; it has: {', '.join(has) or 'none'}")
+        own = {k.removeprefix(f"{which}."): v for k,v in tensors.items() if k.startswith(f"{which}.")}
+        model = build_from(cls, head.get("config"), own, path)
+        model.meta = head.get("meta")
+        if not isinstance(model.meta, dict):
+            raise CheckpointError(f"{path} has no description of its model; write or download it again")
         return model.eval()
 
 # %% ../../nbs/31_dit.model.ipynb #62b1f18a

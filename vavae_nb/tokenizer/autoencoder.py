@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..core import CheckpointError, ConfigError, DataError, ShapeError
-from ..tensors import at_least_fp32, load_into, load_tensors, save_tensors
+from ..tensors import at_least_fp32, build_from, load_tensors, save_tensors
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #8016b3e8
 class Posterior:
@@ -386,14 +386,11 @@ def load(cls:Autoencoder,
     if header.get("kind") != _kind:
         raise CheckpointError(f"{path} was not written by `Autoencoder.save`: its header names no configuration; "
                               "for bare weights use `load_into(Autoencoder(…), load_tensors(path)[0], path)`")
-    try:
-        with torch.device("meta"): self = cls(**header["config"]) # Draws no random numbers
-    except TypeError as e: raise CheckpointError(f"{path} has a configuration that this version does not know: {e}") from None
-    self.to_empty(device="cpu")
-    how, stats = header["latent_how"], {}
+    how, stats = header.get("latent_how"), {}
     if how is not None: stats = {k: tensors.pop(f"latent_{k}", None) for k in ("mean", "std")}
-    if None in stats.values(): raise CheckpointError(f"{path} says how its latent statistics were taken, but does not hold both; write or download it again")
-    load_into(self, tensors, path)
-    if self.fingerprint() != header["fingerprint"]: raise CheckpointError(f"the weights in {path} are not those it was written with; write or download it again")
+    if None in stats.values() or not isinstance(how, (dict, type(None))):
+        raise CheckpointError(f"{path} says how its latent statistics were taken, but does not hold both; write or download it again")
+    self = build_from(cls, header.get("config"), tensors, path)
+    if self.fingerprint() != header.get("fingerprint"): raise CheckpointError(f"the weights in {path} are not those it was written with; write or download it again")
     if stats: self.set_latent_stats(**stats, how=how)
     return self

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress
+from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress, sweep_temporary, writing
 from ..pretrained import timm_network
 from ..processes import is_first, max_over, share, wait, world_size
 from ..tensors import autocast, generator, has_bf16, rel_err
@@ -166,7 +166,9 @@ def cached_features(
     path = cache_dir("features")/f"{vfm.name.replace('/', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if max_over(torch.tensor(float(not path.is_file()), device=vfm.mean.device)): _write_features(path, shape, vfm, images, batch_size, precision)
     if not path.is_file(): raise DataError(f"the first process wrote {path}, but this one does not see it; point VAVAE_NB_CACHE at a folder that all processes share")
-    return np.load(path, mmap_mode="r")
+    try: return np.load(path, mmap_mode="r")
+    except ValueError as e:
+        raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #2c61d790
 def _write_features(path, shape, vfm, images, batch_size, precision):
@@ -174,6 +176,7 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
     if need > free:
         raise ConfigError(f"features of {shape[0]} images with {vfm.name} need {need/1e9:.2f} GB, but {path.parent} has {free/1e9:.2f} GB free; "
                           "free some space or set VAVAE_NB_CACHE to a folder on a larger disk")
+    if is_first(): sweep_temporary(path.parent)
     np.lib.format.write_array_header_1_0(head := io.BytesIO(), dict(descr="<f2", fortran_order=False, shape=shape))
     rows = share(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # Too few to share: the first computes them
     with _one_file(path, device) as tmp, open(tmp, "r+b") as f, progress(total=rows.stop-rows.start, desc=f"features of {vfm.name}", unit="img") as bar:
@@ -191,7 +194,7 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
 def _one_file(path, device): # `atomic_write` by all processes together
     name = torch.zeros(255, dtype=torch.uint8, device=device)
     if not is_first():
-        yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
+        with writing(path): yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
         wait()
     else:
         with atomic_write(path) as tmp:

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
 from torch import Tensor
-from ..core import ConfigError, atomic_write, as_label, progress
+from ..core import ConfigError, DataError, as_label, atomic_write, progress, writing
 from ..processes import is_first, sum_over, world_size
 from .callbacks import log_terms
 
@@ -26,7 +26,11 @@ def read_log(
 )->dict[str,dict[str,list]]: # Stage → term → [(step, value), …]
     "The log of a run, by stage and term"
     out = {}
-    for stage,step,_,term,value in list(csv.reader(open(path)))[1:]: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
+    try:
+        with open(path, newline="", encoding="utf-8") as f: rows = [r for r in csv.reader(f) if len(r) == 5][1:]
+        for stage,step,_,term,value in rows: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
+    except (ValueError, csv.Error) as e:
+        raise DataError(f"{path} is no log of a run ({e}); restore it from a copy, or remove it") from None
     return out
 
 def cut_log(
@@ -38,8 +42,8 @@ def cut_log(
     "Remove a stage's rows from a step on, and a last row that a kill cut short"
     if not (path := Path(path)).exists(): return
     goes = lambda r: r[0] == stage and (int(r[1]) >= step or partial and int(r[1]) == step-1 and not r[3].startswith("valid/"))
-    with open(path, newline="") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and not goes(r)]
-    with atomic_write(path) as tmp, open(tmp, "w", newline="") as f: csv.writer(f).writerows(rows)
+    with open(path, newline="", encoding="utf-8") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and not goes(r)]
+    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows(rows)
 
 # %% ../../nbs/51_training.logs.ipynb #edce97bf
 def _need(package, setting):
@@ -54,11 +58,12 @@ class TensorBoardWriter:
         self.folder,self.purge,self.open = Path(folder),None,None
     def resume(self, step): self.purge = step
     def write(self, step, row):
-        if self.open is None:
-            from torch.utils.tensorboard import SummaryWriter
-            self.open = SummaryWriter(self.folder, purge_step=self.purge)
-        for k,v in row.items(): self.open.add_scalar(k, v, step)
-        self.open.flush() # So that a kill loses no row that the CSV has
+        with writing(self.folder):
+            if self.open is None:
+                from torch.utils.tensorboard import SummaryWriter
+                self.open = SummaryWriter(self.folder, purge_step=self.purge)
+            for k,v in row.items(): self.open.add_scalar(k, v, step)
+            self.open.flush() # So that a kill loses no row that the CSV has
     def close(self):
         if self.open: self.open.close()
         self.open = None
@@ -78,8 +83,8 @@ class WandbWriter:
             import wandb
             kept = self.folder/"run-id.txt"
             if not (self.again and kept.exists()):
-                with atomic_write(kept) as tmp: tmp.write_text(uuid.uuid4().hex[:12])
-            self.open = wandb.init(project=self.project, name=self.name, dir=self.folder, id=kept.read_text(), resume="allow")
+                with atomic_write(kept) as tmp: tmp.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            self.open = wandb.init(project=self.project, name=self.name, dir=self.folder, id=kept.read_text(encoding="utf-8"), resume="allow")
         self.open.log(row, step=step)
     def close(self):
         if self.open: self.open.finish()
@@ -159,7 +164,7 @@ class TermsLog(Callback):
         if not is_first(): return
         if self.path:
             new = not self.path.exists()
-            with open(self.path, "a", newline="") as f:
+            with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as f:
                 w = csv.writer(f)
                 if new: w.writerow(("stage", "step", "seconds", "term", "value"))
                 w.writerows((self.stage, step, f"{seconds:.1f}", k, f"{v:.6g}") for k,v in row.items())
