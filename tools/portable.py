@@ -2,6 +2,7 @@
 
     python tools/portable.py                     every setting, on all notebooks and tests, into results/portability.json; hours
     python tools/portable.py --settings ascii seed-1 --only tests
+    python tools/portable.py --together          several settings at a time, so that each is tried once on everything; an hour
     python tools/portable.py --list
 
 Each notebook and each test process is a fresh one. A setting that was measured before at another commit is measured again; the file says which commit each is of.
@@ -47,7 +48,21 @@ SETTINGS = {
     "seed-3": Setting("other seeds for everything", {"OTHER_SEED": "3"}),
     "beside-others": Setting("two busy processes on the same cores", neighbours=2),
 }
+TOGETHER = { # What does not contradict each other; a failure is then looked for in its parts
+    "surroundings": ("signals-ignored", "ascii", "dumb-terminal", "no-home", "elsewhere", "odd-path"),
+    "old-processor": ("aten-default", "seed-1", "threads-2"),
+    "many-threads": ("onednn-avx2", "seed-2", "threads-3"),
+    "one-thread-and-neighbours": ("aten-avx2", "seed-3", "threads-1", "beside-others"),
+}
 PATIENCE = 3 # Times the usual time limits
+
+
+def together(names):
+    "Several settings as one"
+    parts = [SETTINGS[n] for n in names]
+    env = {k: v for p in parts for k, v in p.env.items()}
+    flags = {k: any(getattr(p, k) for p in parts) for k in ("deaf", "elsewhere", "odd_path")}
+    return Setting(", ".join(p.stands_for for p in parts), env, min(p.workers for p in parts), neighbours=max(p.neighbours for p in parts), **flags)
 
 
 @contextmanager
@@ -111,6 +126,7 @@ def run_tests(setting, tests=()):
 
 def repeat(name, setting):
     "The command that repeats one notebook or test in a setting"
+    if setting in TOGETHER: return f"make test-portable SETTINGS='{' '.join(TOGETHER[setting])}'   # {name}"
     env = "".join(f"{k}={v} " for k, v in SETTINGS[setting].env.items())
     plain = SETTINGS[setting] == Setting(SETTINGS[setting].stands_for, SETTINGS[setting].env)
     if not plain: return f"make test-portable SETTINGS={setting}   # {name}"
@@ -121,6 +137,7 @@ def repeat(name, setting):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING", help="default: all; see --list")
+    p.add_argument("--together", action="store_true", help="several settings at a time: "+", ".join(TOGETHER))
     p.add_argument("--only", choices=("notebooks", "tests"), help="default: both")
     p.add_argument("--list", action="store_true", help="say what each setting stands for")
     p.add_argument("--out", type=Path, default=ROOT/"results/portability.json")
@@ -132,10 +149,11 @@ def main():
     from vavae_nb.generate import versions
     table = json.loads(a.out.read_text()) if a.out.exists() else dict(command="make test-portable", settings={})
     failed = []
-    for i, name in enumerate(a.settings, 1):
-        setting, start = SETTINGS[name], time.time()
-        print(f"\n===== {i} of {len(a.settings)}: {name}, {setting.stands_for}", flush=True)
-        row = table["settings"].get(name, {}) | dict(stands_for=setting.stands_for, env=setting.env, cpu=torch.backends.cpu.get_cpu_capability(), **versions(torch.device("cpu")))
+    wanted = {k: together(v) for k, v in TOGETHER.items()} if a.together else {k: SETTINGS[k] for k in a.settings}
+    for i, (name, setting) in enumerate(wanted.items(), 1):
+        start = time.time()
+        print(f"\n===== {i} of {len(wanted)}: {name}, {setting.stands_for}", flush=True)
+        row = table["settings"].get(name, {}) | dict(settings=TOGETHER.get(name, [name]), stands_for=setting.stands_for, env=setting.env, cpu=torch.backends.cpu.get_cpu_capability(), **versions(torch.device("cpu")))
         if a.only != "tests": row["notebooks"] = counted(run_notebooks(setting, timeout=240*PATIENCE))
         if a.only != "notebooks":
             passed, skipped = run_tests(setting)
