@@ -34,7 +34,7 @@ SETTINGS = {
     "aten-default": Setting("a processor without AVX2", {"ATEN_CPU_CAPABILITY": "default"}),
     "aten-avx2": Setting("a processor without AVX-512", {"ATEN_CPU_CAPABILITY": "avx2"}),
     "onednn-avx2": Setting("oneDNN without AVX-512 and bf16", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "threads-1": Setting("one core", {"OMP_NUM_THREADS": "1"}, workers=1),
+    "threads-1": Setting("one core", {"OMP_NUM_THREADS": "1"}),
     "threads-2": Setting("two threads a process", {"OMP_NUM_THREADS": "2"}, workers=1),
     "threads-3": Setting("more threads than cores", {"OMP_NUM_THREADS": "3"}, workers=1),
     "signals-ignored": Setting("nohup, a shell's background, many CI systems", deaf=True),
