@@ -1,6 +1,7 @@
 "Names, paths and messages are shown as they were written: in pictures no mathematics, in tables no markup"
-import io, re, warnings
+import csv, io, re, warnings
 from dataclasses import replace
+from itertools import product
 import matplotlib.pyplot as plt, mistune, numpy as np, pytest, torch
 from bs4 import BeautifulSoup
 from PIL import Image
@@ -10,10 +11,13 @@ from vavae_nb.training.logs import plot_history
 
 torch.set_num_threads(1)
 
-MARKUP = ["$5_to_$10", "A$^$B", r"x$\y$", r"$\input{x}$", r"$\frac{1}{0}$", "$", "$$", r"a\$b", r"\(x\)", r"\begin{a}x\end{a}", "_hidden", "__init__",
-          "*bold*", "`code`", "a|b", r"a\|b", "[link](http://x)", "![i](x)", "<b>bold</b>", "<script>alert(1)</script>", "&lt;", "&amp;copy;", "~~gone~~", "H~2~O", "x^2^",
+MARKUP = ["$5_to_$10", "A$^$B", r"x$\y$", r"$\input{x}$", r"$\frac{1}{0}$", "$", "$$", r"a\$b", r"\(x\)",
+          r"\begin{a}x\end{a}", "_hidden", "__init__", "*bold*", "`code`", "a|b", r"a\|b", "[link](http://x)",
+          "![i](x)", "<b>bold</b>", "<script>alert(1)</script>", "&lt;", "&amp;copy;", "~~gone~~", "H~2~O", "x^2^",
           "50%", "100% of $5", "{x}", "{0}", "#1", "@fig-one", "a -- b", "\\", "\\\\", "' \" `"]
-ODD = ["two\nlines", "a\n\n# heading", "tab\there", "\x07\x1b[31mred", "\u2028line", "שלום עולם", "مرحبا", "猫と犬", "😀👩‍👩‍👧", "e"+"\u0301"*30, "caf\udce9", "\ud800", "\u202eturned", "\x00", " ", "n"*200, "W"*200, "猫"*200]
+ODD = ["two\nlines", "a\n\n# heading", "tab\there", "\x07\x1b[31mred", "\u2028line",
+       "שלום עולם", "مرحبا", "猫と犬", "😀👩‍👩‍👧", "e"+"\u0301"*30,
+       "caf\udce9", "\ud800", "\u202eturned", "\x00", " ", "n"*200, "W"*200, "猫"*200]
 EVERY = MARKUP+ODD
 ids = lambda name: re.sub(r"\W", lambda m: f"-{ord(m[0]):x}", name)[:40]
 each = pytest.mark.parametrize("name", EVERY, ids=ids)
@@ -40,7 +44,7 @@ def test_one_line_is_one_line_that_can_be_written(name):
 
 def test_what_needs_no_care_is_left_alone():
     for name in ("tench, Tinca tinca", "n01440764", "f4d32-lite0-b", "naïve café", "猫", "a (b) c"):
-        assert core.one_line(name) == core.as_label(name) == core.as_markdown(name) == core.as_html(name) == core.as_latex(name) == name
+        for f in (core.one_line, core.as_label, core.as_markdown, core.as_html, core.as_latex): assert f(name) == name
 
 def test_the_middle_of_a_long_name_is_left_out():
     s = core.one_line("begin"+"x"*200+"end", 21)
@@ -55,7 +59,8 @@ def drawn(text):
     return shown if kind is False else None
 
 @each
-def test_matplotlib_takes_it_letter_for_letter(name): assert drawn(core.as_label(name)).strip() == core.one_line(name, 40).strip()
+def test_matplotlib_takes_it_letter_for_letter(name):
+    assert drawn(core.as_label(name)).strip() == core.one_line(name, 40).strip()
 
 @pytest.mark.parametrize("some", [EVERY[i::8] for i in range(8)], ids=lambda s: ids(s[0]))
 def test_matplotlib_reads_nothing_in_any_place(some):
@@ -101,16 +106,22 @@ def test_a_set_of_samples_of_such_classes(tmp_path):
 
 def test_curves_of_any_stage_and_term(tmp_path):
     names = [n for n in EVERY if "\0" not in n and n.isprintable()]
-    rows = [f'"{k}",{s},0.0,"{term}",{1+s}' for k in names[:3] for s in (1, 2) for term in ("loss", *(f"loss/{n}".replace('"', '""') for n in names[:12]))]
-    (tmp_path/"log.csv").write_text("\n".join(["stage,step,seconds,term,value", *rows])+"\n", encoding="utf-8")
-    with core.quiet_glyphs(): fig = plot_history(tmp_path/"log.csv"); fig.savefig(io.BytesIO())
+    with open(tmp_path/"log.csv", "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(("stage", "step", "seconds", "term", "value"))
+        for stage,step in product(names[:3], (1, 2)):
+            for term in ("loss", *(f"loss/{n}" for n in names[:12])): rows.writerow((stage, step, 0., term, 1+step))
+    with core.quiet_glyphs():
+        fig = plot_history(tmp_path/"log.csv")
+        fig.savefig(io.BytesIO())
     legend = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
     assert len(legend) == 13 # None has vanished, also not those that begin with _
     assert [drawn(t).strip() for t in legend] == ["loss", *names[:12]]
 
 @pytest.mark.parametrize("name", ["$5_to_$10", "猫"*200], ids=("dollars", "long"))
 def test_the_architecture_of_any_recipe(name):
-    fig = fg.draw_architecture(replace(recipe("tiny"), recipe=name))
+    cfg = recipe("smoke")
+    fig = fg.draw_architecture(replace(cfg, recipe=name, foundation=replace(cfg.foundation, name="none")))
     with core.quiet_glyphs(): fig.savefig(io.BytesIO())
     assert drawn(fig.axes[0].get_title()) == core.one_line(name, 80)
 
@@ -140,7 +151,8 @@ def test_the_explorers_pictures(monkeypatch):
 def table(name):
     "A table that has a name everywhere that one can come from: a failed row, a row with a failed seed, notes"
     a, b, *_ = ab.tables["fig1"].rows
-    filled = [ab.Filled(a, a.name_at("cpu"), {}, [], problem=f"{name}!"), ab.Filled(b, b.name_at("cpu"), {"PSNR": [26.]}, [0], problem=f"seed 1 failed: {name}!")]
+    filled = [ab.Filled(a, a.name_at("cpu"), {}, [], problem=f"{name}!"),
+              ab.Filled(b, b.name_at("cpu"), {"PSNR": [26.]}, [0], problem=f"seed 1 failed: {name}!")]
     return ab.FilledTable("fig1", "cpu", filled, ["PSNR", f"FD {name}!"], [f"data: {name}!, 5 images"])
 
 def shown(soup):
@@ -151,14 +163,15 @@ def shown(soup):
 def check_page(soup, name):
     seen = as_seen(f"{name}!")
     rows = [[shown(c) for c in tr.find_all(["td", "th"])] for tr in soup.find_all("tr")]
-    assert {len(r) for r in rows} == {6+1} and len(rows) == 4, rows # A header, two rows, rank correlations; nothing ended a row or a cell
+    assert {len(r) for r in rows} == {7} and len(rows) == 4, rows # A header, two rows, ranks; nothing began another
     assert rows[0][:4] == ["row", "seeds", "PSNR", f"FD over {seen}"] and rows[1][2] == seen
     notes = [shown(li) for li in soup.find_all("li")]
     assert len(notes) == 3 and notes[1].endswith(f"seed 1 failed: {seen}") and notes[2] == f"data: {seen}, 5 images"
     allowed = {"p", "strong", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "span", "caption"}
     assert {t.name for t in soup.find_all(True)} <= allowed
 
-markdown = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "math", "url", "superscript", "subscript", "mark", "insert", "footnotes"])
+PLUGINS = ["table", "strikethrough", "math", "url", "superscript", "subscript", "mark", "insert", "footnotes"]
+markdown = mistune.create_markdown(escape=False, plugins=PLUGINS)
 
 @each
 def test_markdown_shows_any_name(name):
@@ -169,13 +182,14 @@ def test_markdown_shows_any_name(name):
 
 def test_markdown_makes_no_link():
     page = BeautifulSoup(markdown(ab.render(table("[link](http://x)"), "markdown")), "html.parser")
-    assert {a["href"] for a in page.find_all("a")} <= {"http://x", "http://x)", "http://x)!"} and all(a.get_text() == a["href"] for a in page.find_all("a"))
+    for a in page.find_all("a"): assert a.get_text() == a["href"] # Bare addresses only
 
 @each
 def test_html_shows_any_name(name): check_page(BeautifulSoup(ab.render(table(name), "html"), "html.parser"), name)
 
-SAID = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|", r"\symbol{34}": '"',
-        r"\symbol{96}": "`", "$\\pm$": "±", "$-$": "−", r"\textendash{}": "–", r"$\times$": "×", r"\ldots{}": "…", "{[}": "[", "{]}": "]", "{*}": "*", "-{}-": "--"}
+SAID = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<",
+        r"\textgreater{}": ">", r"\textbar{}": "|", r"\symbol{34}": '"', r"\symbol{96}": "`", "$\\pm$": "±", "$-$": "−",
+        r"\textendash{}": "–", r"$\times$": "×", r"\ldots{}": "…", "{[}": "[", "{]}": "]", "{*}": "*", "-{}-": "--"}
 SAID |= {f"\\{c}": c for c in "{}$&%#_"}
 piece = re.compile("|".join(map(re.escape, sorted(SAID, key=len, reverse=True)))+r"|[^\\{}$&%#_~^*\[\]]", re.S)
 
@@ -185,7 +199,8 @@ def typeset(tex):
     while at < len(tex):
         m = piece.match(tex, at)
         assert m, tex[at:]
-        out.append(SAID.get(m[0], m[0])); at = m.end()
+        out.append(SAID.get(m[0], m[0]))
+        at = m.end()
     return "".join(out)
 
 @each
@@ -193,7 +208,8 @@ def test_latex_shows_any_name(name):
     lines = ab.render(table(name), "latex").splitlines()
     cells = [re.split(r"(?<!\\) & ", l.removesuffix(r" \\")) for l in lines if l.endswith(r" \\")]
     assert {len(c) for c in cells} == {7} and len(cells) == 4
-    assert typeset(cells[1][2]) == core.one_line(f"{name}!") and typeset(cells[0][3]) == f"FD over {core.one_line(name)}!"
+    assert typeset(cells[1][2]) == core.one_line(f"{name}!")
+    assert typeset(cells[0][3]) == f"FD over {core.one_line(name)}!"
     notes = [l for l in lines if l.startswith("% ")]
     assert len(notes) == 3 and typeset(notes[2][2:]) == f"data: {core.one_line(name)}!, 5 images"
     assert lines[0] == r"\begin{table}" and lines[-1] == r"\end{table}"
@@ -208,7 +224,10 @@ def test_a_run_on_class_folders_of_such_names(tmp_path):
     for k,name in enumerate(names):
         (tmp_path/"data"/name).mkdir(parents=True)
         for i in range(8): Image.fromarray(np.full((32, 32, 3), 20*k+i, np.uint8)).save(tmp_path/"data"/name/f"{i}.png")
-    small = {"data.size": 32, "foundation.name": "none", "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer_training.steps": 2, "tokenizer_training.batch_size": 4, "dit.hidden_size": 32, "dit.depth": 1,
-             "dit.num_heads": 2, "dit_training.steps": 2, "dit_training.batch_size": 4, "sampling.n": 14, "sampling.points": 3, "evaluation.extractors": "alexnet", "device": "cpu"}
-    main(recipe="smoke", data=str(tmp_path/"data"), out=str(tmp_path/"run"), set=[[f"{k}={v}" for k,v in small.items()]])
+    small = {"data.size": 32, "foundation.name": "none", "tokenizer.ch": 8, "tokenizer.latent_dim": 4,
+             "tokenizer_training.steps": 2, "tokenizer_training.batch_size": 4, "dit.hidden_size": 32, "dit.depth": 1,
+             "dit.num_heads": 2, "dit_training.steps": 2, "dit_training.batch_size": 4, "sampling.n": 14,
+             "sampling.points": 3, "evaluation.extractors": "alexnet", "device": "cpu"}
+    given = [f"{k}={v}" for k,v in small.items()]
+    main(recipe="smoke", data=str(tmp_path/"data"), out=str(tmp_path/"run"), set=[given])
     assert (tmp_path/"run"/"samples.png").is_file() and (tmp_path/"run"/"metrics.json").is_file()

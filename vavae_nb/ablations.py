@@ -435,7 +435,8 @@ def load_table(
         filled.append(Filled(row, row.name_at(scale), values, seeds, of[seeds[0]]["about"] if seeds else "", "; ".join(errors) or ("" if of else "not measured")))
     if measured := [r for of in kept.values() for r in of.values()]: notes += _common(measured)
     nets = list(dict.fromkeys(k for f in filled for k in f.values if k.startswith("FD ")))
-    if not nets: nets = [f"FD {n}" for n in configuration(tables[table].rows[0], scale).evaluation.extractors] # What will be
+    if not nets: # Those that will be there
+        nets = [f"FD {n}" for n in configuration(tables[table].rows[0], scale).evaluation.extractors]
     return FilledTable(table, scale, filled, [c for column in tables[table].columns for c in (nets if column == "FD" else [column])], notes)
 
 # %% ../nbs/80_ablations.ipynb #453dfb7a
@@ -500,11 +501,13 @@ def _markdown(title, header, rows, notes):
 def _html(title, header, rows, notes):
     def row(cells, tag): return "<tr>"+"".join(f"<{tag}>{c}</{tag}>" for c in cells)+"</tr>"
     table = [row(header, "th"), *(row(r, "td") for r in rows)]
-    return [f"<table><caption>{title}</caption>", *table, "</table>", "<ul>", *(f"<li>{o}</li>" for o in notes), "</ul>"]
+    listed = ["<ul>", *(f"<li>{o}</li>" for o in notes), "</ul>"]
+    return [f"<table><caption>{title}</caption>", *table, "</table>", *listed]
 
 def _latex(title, header, rows, notes):
     first, *lines = [" & ".join(r)+r" \\" for r in (header, *rows)]
-    table = [rf"\begin{{tabular}}{{l{'r'*(len(header)-1)}}}", r"\hline", first, r"\hline", *lines, r"\hline", r"\end{tabular}"]
+    columns = "l"+"r"*(len(header)-1)
+    table = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", first, r"\hline", *lines, r"\hline", r"\end{tabular}"]
     return [r"\begin{table}", rf"\caption{{{title}}}", *table, *(f"% {o}" for o in notes), r"\end{table}"]
 
 _forms = {"markdown": (_markdown, as_markdown), "html": (_html, as_html), "latex": (_latex, as_latex)}
@@ -521,7 +524,8 @@ def render(
     notes = [*(["the paper's figures are of ImageNet at 256×256 with its own tokenizers and foundation models; compare differences and order, not values"] if stand_in else []),
              *(f"{f.name}: {f.problem}" for f in t.rows if f.problem and f.seeds), *t.notes]
     lay_out, written = _forms[form]
-    return "\n".join(lay_out(written(title), list(map(written, header)), [list(map(written, r)) for r in rows], list(map(written, notes))))
+    def every(texts): return [written(o) for o in texts]
+    return "\n".join(lay_out(written(title), every(header), list(map(every, rows)), every(notes)))
 
 # %% ../nbs/80_ablations.ipynb #ac116ac2
 def estimates(

@@ -98,23 +98,24 @@ def quiet_glyphs()->Iterator[None]:
 
 # %% ../nbs/00_core.ipynb #371a1d21
 def _alone(c): return f"<span>&#{ord(c)};</span>"
-_markdown = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": _alone("$"), "\\": _alone("\\")} | {c: f"\\{c}" for c in "`*_[]|#~^@"})
-_latex = str.maketrans({c: f"\\{c}" for c in "{}$&%#_"} | {"[": "{[}", "]": "{]}", "*": "{*}", # \\* and \\[ mean something
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\symbol{34}", "`": r"\symbol{96}",
-    "±": r"$\pm$", "−": "$-$", "–": r"\textendash{}", "×": r"$\times$", "…": r"\ldots{}"})
+_as_markdown = {c: f"\\{c}" for c in "`*_[]|#~^@"} | {c: html.escape(c) for c in "&<>"} | {c: _alone(c) for c in "$\\"}
+_as_latex = {c: f"\\{c}" for c in "{}$&%#_"} | {
+    "[": "{[}", "]": "{]}", "*": "{*}", # \\* and \\[ mean something
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", '"': r"\symbol{34}", "`": r"\symbol{96}",
+    "±": r"$\pm$", "−": "$-$", "–": r"\textendash{}", "×": r"$\times$", "…": r"\ldots{}"}
 
 def as_markdown(
     text, # As for `one_line`
 )->str:
     "A text within a line or a table's cell of Markdown, where it is shown as it is"
-    return one_line(text).translate(_markdown)
+    return one_line(text).translate(str.maketrans(_as_markdown))
 
 def as_latex(
     text, # As for `one_line`
 )->str:
     "A text within a line or a table's cell of LaTeX, where it is set as it is"
-    return one_line(text).translate(_latex).replace("--", "-{}-") # Which would be one dash
+    return one_line(text).translate(str.maketrans(_as_latex)).replace("--", "-{}-") # Which would be one dash
 
 def as_html(
     text, # As for `one_line`

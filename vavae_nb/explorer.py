@@ -340,5 +340,6 @@ class Density(View):
             p = kde_at_points(x)
             out |= {f"{side}_cv": density_cv(p), f"{side}_gini": gini(p), f"{side}_entropy": normalised_entropy(p)}
             dots.set_offsets(x/self.points[name].abs().max()); dots.set_array((p/p.mean()).numpy())
-            ax.set_title(f"{as_label(name, 30)}: CV {out[f'{side}_cv']:.3f}, Gini {out[f'{side}_gini']:.3f}", fontsize=9)
+            cv, spread = out[f"{side}_cv"], out[f"{side}_gini"]
+            ax.set_title(f"{as_label(name, 30)}: CV {cv:.3f}, Gini {spread:.3f}", fontsize=9)
         return out

@@ -127,7 +127,7 @@ def _widest(fig, labels): # Pixels, as the figure; about 8 a letter
 
 def save_grid(
     rows:list,        # Of uint8 arrays (n, H, W, 3), one a row
-    names:list[str],  # One a row, shown as they are; of long ones the middle is left out, and after the first newline all is one line
+    names:list[str],  # One a row, of one or two lines; shown as they are, but for the middle of long ones
     path:str|Path,    # A PNG
     title:str="",     # Above it
 ):
