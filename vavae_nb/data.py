@@ -90,7 +90,7 @@ def embedded(
     "The embedded part of CIFAR-10; the pixels' SHA-256 is checked"
     if split not in ("train", "test"): raise DataError(f"the embedded data has the splits train and test, not '{split}'")
     base = files("vavae_nb")/"embedded"/f"cifar10_embedded_{split}"
-    meta = json.loads(base.with_suffix(".json").read_text())
+    meta = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
     labels = np.array(meta["labels"])
     sheet = np.asarray(Image.open(base.with_suffix(".webp")).convert("RGB"))
     rows, cols = sheet.shape[0]//32, sheet.shape[1]//32
@@ -158,7 +158,7 @@ def folder(
 def _warn_of_one_class(root, classes):
     if len(classes) == 1: warnings.warn(f"{root} holds one class ('{classes[0]}'): a model trained on it is unconditional in all but name")
 
-def _read_meta(store): return json.loads((store/"meta.json").read_text()) if (store/"meta.json").exists() else None
+def _read_meta(store): return json.loads((store/"meta.json").read_text(encoding="utf-8")) if (store/"meta.json").exists() else None
 
 def _decode(paths, labels, size, store, workers):
     need, free = len(paths)*size*size*3, shutil.disk_usage(store.parent).free
@@ -182,7 +182,7 @@ def _decode(paths, labels, size, store, workers):
     labels = labels[keep]
     with atomic_write(store/"labels.npy") as tmp: np.save(tmp, labels)
     meta = dict(skipped=skipped, enlarged=enlarged, smallest=smallest, fingerprint=pixels_sha256(np.load(store/"pixels.npy", mmap_mode="r"), labels))
-    with atomic_write(store/"meta.json") as tmp: tmp.write_text(json.dumps(meta)) # Last: its presence says that the rest is whole
+    with atomic_write(store/"meta.json") as tmp: tmp.write_text(json.dumps(meta), encoding="utf-8") # Last: its presence says that the rest is whole
     return meta
 
 def _truncate(path, n, size):

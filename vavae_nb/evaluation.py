@@ -63,13 +63,13 @@ class Evaluation:
         return found
 
     def save(self, path:str|Path): # A JSON
-        with atomic_write(path) as tmp: tmp.write_text(json.dumps(dict(kind=_kind) | asdict(self), indent=1))
+        with atomic_write(path) as tmp: tmp.write_text(json.dumps(dict(kind=_kind) | asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path:str|Path)->"Evaluation": # A JSON of `save`
         "Read what was saved"
         if not Path(path).is_file(): raise DataError(f"no file at {path}; it is what python -m vavae_nb.evaluate writes")
-        try: d = json.loads(Path(path).read_text())
+        try: d = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as e: raise DataError(f"{path} is not JSON ({e}); evaluate again") from None
         if not isinstance(d, dict) or d.pop("kind", "") != _kind: raise DataError(f"{path} is not an evaluation; give the JSON of python -m vavae_nb.evaluate")
         return cls(**d)
@@ -174,7 +174,7 @@ def how_drawn(
     file = path/"samples.npz" if path.is_dir() else path
     folder = file.parent.parent if path.name == "images" else file.parent
     if (folder/"sample.json").is_file():
-        try: record = json.loads((folder/"sample.json").read_text())
+        try: record = json.loads((folder/"sample.json").read_text(encoding="utf-8"))
         except ValueError as e: raise DataError(f"{folder/'sample.json'} is damaged ({e}); draw the samples again, or move the images elsewhere") from None
         s, npz = dict(record.get("settings", {})), record.get("outputs", {}).get("npz", {})
         if file.suffix == ".npz" and file.is_file() and npz.get("sha256") != remembered_sha256(file): return silent | dict(label_sampling="not said (the sample.json beside is of another file)")

@@ -223,7 +223,7 @@ def _kl_folder(path):
     files = [folder/f"diffusion_pytorch_model{v}.{e}" for e in ("safetensors", "bin") for v in ("", ".fp16")]
     file = next((f for f in files if f.is_file()), None)
     if file is None: raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(f.name for f in files)}")
-    try: config = json.loads((folder/"config.json").read_text())
+    try: config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except ValueError as e: raise CheckpointError(f"{folder/'config.json'} is not JSON ({e}); download it again") from None
     return config, load_tensors(file)[0] if file.suffix == ".safetensors" else state_of(load_torch(file)[0], file), file
 

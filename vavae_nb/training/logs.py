@@ -26,7 +26,7 @@ def read_log(
 )->dict[str,dict[str,list]]: # Stage → term → [(step, value), …]
     "The log of a run, by stage and term"
     out = {}
-    for stage,step,_,term,value in list(csv.reader(open(path)))[1:]: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
+    for stage,step,_,term,value in list(csv.reader(open(path, encoding="utf-8")))[1:]: out.setdefault(stage, {}).setdefault(term, []).append((int(step), float(value)))
     return out
 
 def cut_log(
@@ -38,8 +38,8 @@ def cut_log(
     "Remove a stage's rows from a step on, and a last row that a kill cut short"
     if not (path := Path(path)).exists(): return
     goes = lambda r: r[0] == stage and (int(r[1]) >= step or partial and int(r[1]) == step-1 and not r[3].startswith("valid/"))
-    with open(path, newline="") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and not goes(r)]
-    with atomic_write(path) as tmp, open(tmp, "w", newline="") as f: csv.writer(f).writerows(rows)
+    with open(path, newline="", encoding="utf-8") as f: rows = [r for r in csv.reader(f) if len(r) == 5 and not goes(r)]
+    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows(rows)
 
 # %% ../../nbs/51_training.logs.ipynb #edce97bf
 def _need(package, setting):
@@ -78,8 +78,8 @@ class WandbWriter:
             import wandb
             kept = self.folder/"run-id.txt"
             if not (self.again and kept.exists()):
-                with atomic_write(kept) as tmp: tmp.write_text(uuid.uuid4().hex[:12])
-            self.open = wandb.init(project=self.project, name=self.name, dir=self.folder, id=kept.read_text(), resume="allow")
+                with atomic_write(kept) as tmp: tmp.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            self.open = wandb.init(project=self.project, name=self.name, dir=self.folder, id=kept.read_text(encoding="utf-8"), resume="allow")
         self.open.log(row, step=step)
     def close(self):
         if self.open: self.open.finish()
@@ -159,7 +159,7 @@ class TermsLog(Callback):
         if not is_first(): return
         if self.path:
             new = not self.path.exists()
-            with open(self.path, "a", newline="") as f:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
                 w = csv.writer(f)
                 if new: w.writerow(("stage", "step", "seconds", "term", "value"))
                 w.writerows((self.stage, step, f"{seconds:.1f}", k, f"{v:.6g}") for k,v in row.items())
