@@ -214,7 +214,7 @@ def result_of(
     "All that is known of a finished row, as JSON"
     import numpy as np
     from vavae_nb.tensors import load_tensors
-    m, state = json.loads((run/"metrics.json").read_text()), json.loads((run/"state.json").read_text())
+    m, state = json.loads((run/"metrics.json").read_text(encoding="utf-8")), json.loads((run/"state.json").read_text(encoding="utf-8"))
     std = load_tensors(run/"tokenizer.safetensors")[0]["latent_std"].square().mean().sqrt().item()
     tsne = np.load(run/"tsne.npy").astype(float).round(1).tolist() if (run/"tsne.npy").exists() else []
     return _head(row, cfg, scale) | dict(status="done", reconstruction=m["reconstruction"], generation=m["generation"], uniformity=m["uniformity"], latent_std=std,
@@ -227,7 +227,7 @@ def _head(row, cfg, scale):
 def _write(path, result): # Points on one line each
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({k: v for k,v in result.items() if k != "tsne"}, indent=1, default=vars)
-    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"], separators=(",", ":"))}' if result.get("tsne") else "")+"\n}\n")
+    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"], separators=(",", ":"))}' if result.get("tsne") else "")+"\n}\n", encoding="utf-8")
 
 def _picture(run, path, per_class=10): # The first samples of each class, a row each
     import numpy as np
@@ -244,7 +244,7 @@ def read_result(
     path:Path, # Of a result
 )->dict|None:  # None where there is none
     "A result; a file that is not one is refused"
-    try: result = json.loads(path.read_text())
+    try: result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
     except (ValueError, OSError) as e: raise DataError(f"{path} is no result ({e}); remove it, and the row is measured again") from None
     if not isinstance(result, dict) or result.get("status") not in ("done", "failed"): raise DataError(f"{path} is no result of an ablation; remove it, and the row is measured again")
@@ -569,7 +569,7 @@ def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, sid
     paths = {result_path(results, r, scale, s) for s in seeds for r in rows}
     left = {p for p in paths if not ((r := read_result(p)) and r["status"] == "done")}
     print(f"{len(paths)-len(left)} of {len(paths)} are there; {n} jobs of {threads} threads, logs {logs}/job-*.log", flush=True)
-    total, files = len(left), [open(logs/f"job-{i}.log", "a") for i in range(n)]
+    total, files = len(left), [open(logs/f"job-{i}.log", "a", encoding="utf-8") for i in range(n)]
     work = [subprocess.Popen([sys.executable, "-m", "vavae_nb.ablations", *args, "--form", "none"], stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}) for f in files]
     try:
         while left:
