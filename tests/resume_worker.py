@@ -74,7 +74,7 @@ def kills(folder, n, longer, seed=0):
         else:
             seen, more, began = saved(folder/"killed"), rng.randint(0, 2), time.time()
             pid = fork(folder/"killed", TRAININGS)
-            until(lambda: len(saved(folder/"killed")-seen) >= more, [pid]) # After so many new checkpoints, and a moment, as long as this machine wants it
+            until(lambda: len(saved(folder/"killed")-seen) >= more, [pid]) # After so many, and a moment of this machine
             time.sleep(rng.uniform(0, .5)*(time.time()-began)/more if more else rng.uniform(.05, .2)*whole/longer)
             os.kill(pid, signal.SIGKILL); status = ended(pid)
         at.append([status, {s: Checkpoints(folder/"killed"/"checkpoints"/s).steps()[-1:] for s in ("tokenizer", "dit")}])

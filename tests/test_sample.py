@@ -82,7 +82,8 @@ def test_a_repeated_call_does_nothing_and_a_damaged_npz_is_made_again(run, sampl
 def test_neither_a_kill_nor_the_number_of_processes_changes_a_byte(run, sample, tmp_path):
     args, kw = ("-n", 20, "--chunk", 4, "--points", 60, "--batch-size", 2, "--format", "npz"), dict(n=20, chunk=4, points=60, batch_size=2, format=["npz"])
     assert sample(out=tmp_path/"whole", **kw)[0] == 0
-    p, first = start(run, tmp_path/"killed", *args, python=dying("vavae_nb.sample", 3, "chunks")), tmp_path/"killed"/"chunks"/"000000.safetensors"
+    p = start(run, tmp_path/"killed", *args, python=dying("vavae_nb.sample", 3, "chunks"))
+    first = tmp_path/"killed"/"chunks"/"000000.safetensors"
     p.communicate() # Two of five chunks are whole
     assert p.returncode == -signal.SIGKILL and not (tmp_path/"killed"/"samples.npz").exists()
     kept = first.stat().st_mtime_ns

@@ -13,7 +13,7 @@ def usual_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def dying(module, nth, part):
-    "How Python runs a command that kills itself in the middle of its work: at its nth rename of a file with `part` in its path"
+    "How Python runs a command that kills itself in the middle of its work: at its nth rename onto a path with `part` in it"
     here = str(Path(__file__).parent)
     code = f"import runpy, sys; sys.path.append({here!r}); import together; together.kill_at_rename({nth}, {part!r}); sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__')"
     return [sys.executable, "-c", code]

@@ -1,6 +1,7 @@
 """Another seed for everything random, by $OTHER_SEED: what holds only for the seeds that stand in notebooks and tests does not hold.
 
-Every whole number that seeds a generator of Python, numpy or torch becomes another one: equal seeds stay equal, different ones different.
+Every whole number that seeds a generator of Python, numpy or torch becomes another one: equal seeds stay equal,
+different ones different.
 So it is in this process and in the Python processes that it starts, so that what both of them draw stays the same.
 """
 import os, random

@@ -1,6 +1,7 @@
-"""Python reads this file when it starts, where this folder is on PYTHONPATH: a child of a test shifts its seeds, too (tools/other_seed.py).
+"""Python reads this when it starts, where the folder is on PYTHONPATH: a child of a test shifts its seeds, too.
 
-It does so when torch has been imported, and imports nothing itself: whether a command needs torch is among what is tested.
+It does so (tools/other_seed.py) when torch has been imported, and imports nothing itself: whether a command needs
+torch is among what is tested.
 """
 import importlib.util, sys
 from pathlib import Path
