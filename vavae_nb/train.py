@@ -77,7 +77,7 @@ def main(
         with ExitStack() as on:
             stop = on.enter_context(StopSignals())
             on.enter_context(joined(pick_device(cfg.device)))
-            if not is_first(): on.enter_context(redirect_stdout(on.enter_context(open(os.devnull, "w")))) # One of them speaks
+            if not is_first(): on.enter_context(redirect_stdout(on.enter_context(open(os.devnull, "w", encoding="utf-8")))) # One of them speaks
             print(f"run folder: {folder}", flush=True)
             run = run_stages(cfg, folder, stage, force, stop)
             if "evaluate" in run.state: print("\n"+summary(run))
