@@ -136,20 +136,21 @@ def repeat(name, setting):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING", help="default: all; see --list")
-    p.add_argument("--together", action="store_true", help="several settings at a time: "+", ".join(TOGETHER))
+    p.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=[*SETTINGS, *TOGETHER], metavar="SETTING", help="default: all; see --list")
+    p.add_argument("--together", action="store_const", dest="settings", const=list(TOGETHER), help="several settings at a time: "+", ".join(TOGETHER))
     p.add_argument("--only", choices=("notebooks", "tests"), help="default: both")
     p.add_argument("--list", action="store_true", help="say what each setting stands for")
     p.add_argument("--out", type=Path, default=ROOT/"results/portability.json")
     a = p.parse_args()
     if a.list:
         for name, s in SETTINGS.items(): print(f"{name:16} {s.stands_for}")
+        for name, parts in TOGETHER.items(): print(f"{name}: {', '.join(parts)}")
         return
     import torch
     from vavae_nb.generate import versions
     table = json.loads(a.out.read_text()) if a.out.exists() else dict(command="make test-portable", settings={})
     failed = []
-    wanted = {k: together(v) for k, v in TOGETHER.items()} if a.together else {k: SETTINGS[k] for k in a.settings}
+    wanted = {k: SETTINGS.get(k) or together(TOGETHER[k]) for k in a.settings}
     for i, (name, setting) in enumerate(wanted.items(), 1):
         start = time.time()
         print(f"\n===== {i} of {len(wanted)}: {name}, {setting.stands_for}", flush=True)
