@@ -1,5 +1,5 @@
 "Help of every command: grouped, with dashes, each default once, an example that works"
-import re, shlex, subprocess, sys
+import os, re, shlex, signal, subprocess, sys
 import pytest
 from argparse import SUPPRESS
 from vavae_nb import ablations, evaluate, extract, sample, train
@@ -37,3 +37,31 @@ def test_underscores_dashes_and_one_letter():
         return r.returncode, r.stderr.splitlines()[-1]
     assert seed("--n", "-1", "--batch_size=3", "--world-size", "2") == seed("-n", "-1", "--batch-size=3", "--world_size", "2")
     assert seed() == (2, "python -m vavae_nb.sample: error: argument --cfg-scale: invalid float value: 'two'")
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_locale_without_utf8(name):
+    env = os.environ | dict(LC_ALL="C", PYTHONUTF8="0")
+    r = subprocess.run([sys.executable, "-m", *name.split(), "--help"], capture_output=True, env=env)
+    assert r.returncode == 0 and r.stdout.decode("utf-8").startswith("usage: ") and not r.stderr
+
+PRESSED = """
+import importlib.abc, os, signal, sys
+class Pressed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "WHERE": os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+"""
+
+@pytest.mark.parametrize("where,said", [("fastcore.script", ""), ("torch", "stopped; call the same command again"), ("vavae_nb.training.stages", "stopped; call the same command again")])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_a_command_starts(tmp_path, where, said, ignored):
+    "Silent before there is anything to say, a sentence after that; nothing where Ctrl-C was inherited as ignored"
+    (tmp_path/"sitecustomize.py").write_text(PRESSED.replace("WHERE", where), encoding="utf-8")
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    args = ["--recipe", "smoke", "--out", tmp_path/"run", "--resume"] # Which ends by itself: there is nothing to go on with
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args if where != "vavae_nb.training.stages" else args[:-1]+["--stage", "dit"])],
+                       env=env, preexec_fn=heard, capture_output=True, encoding="utf-8")
+    assert "Traceback" not in r.stderr, r.stderr
+    if ignored: assert r.returncode == 2, r.stderr
+    else: assert r.returncode == 130 and r.stderr.strip().startswith(said) and bool(r.stderr) == bool(said), r.stderr

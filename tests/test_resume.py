@@ -1,7 +1,7 @@
 "Trainings that are killed at any instant, stopped by a signal, and moved to another number of processes, against the unbroken one"
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 from pathlib import Path
-import pytest
+import psutil, pytest
 
 def report(folder, kills, *more):
     r = subprocess.run([sys.executable, Path(__file__).parent/"resume_worker.py", folder, str(kills), *more], capture_output=True, text=True, encoding="utf-8", timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -47,3 +47,23 @@ def test_launchers_do_the_whole_run(launcher, tmp_path):
     assert r.stdout.count("reconstruction of") == 1 # One of them speaks
     assert set(json.loads((tmp_path/"run"/"state.json").read_text(encoding="utf-8"))) == {"tokenizer", "latents", "dit", "sample", "evaluate"}
     assert (tmp_path/"run"/"samples.npz").exists() and not (tmp_path/"run"/"run.lock").exists()
+
+@pytest.mark.slow
+def test_workers_stop_when_their_launcher_is_killed(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    args = ["-m", "vavae_nb.train", "--recipe", "smoke", "--device", "cpu", "--out", tmp_path/"run", "--stage", "tokenizer", "--steps", "100000", "--set", "saving.every=2", "foundation.name=none",
+            "tokenizer.ch=16", "tokenizer.latent_dim=4", "data.limit=100"]
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = lambda: list((tmp_path/"run"/"checkpoints"/"tokenizer").glob("step-*.json"))
+    wait_for(found)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=300)
+    assert len(gone) >= 2 and not alive and found() and not (tmp_path/"run"/"run.lock").exists()
+
+def wait_for(condition, seconds=300):
+    end = time.time()+seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(.1)
