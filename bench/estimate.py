@@ -10,7 +10,7 @@ import json, tempfile
 from pathlib import Path
 from common import options, save, start
 from vavae_nb.config import override
-from vavae_nb.plan import device_hours, plan, step_rates
+from vavae_nb.plan import plan, step_rates
 from vavae_nb.recipes import recipe
 from vavae_nb.training.stages import run_stages
 
@@ -25,7 +25,7 @@ for name in a.recipes:
     less = {k: max(1, round(a.share*v)) for k,v in {"tokenizer_training.steps": cfg.tokenizer_training.steps, "tokenizer_training.disc_start": cfg.tokenizer_training.disc_start,
                                                     "dit_training.steps": cfg.dit_training.steps, "sampling.n": cfg.sampling.n}.items()}
     cfg = override(cfg, less | {"device": str(a.device), "foundation.name": "none"})
-    said = {k: 3600*h for k,h in device_hours(plan(cfg), step_rates(cfg, a.device)).items() if k != "all"}
+    said = {k: 3600*h for k,h in step_rates(cfg, a.device).hours(plan(cfg))[1].items() if k != "all"}
     with tempfile.TemporaryDirectory() as d:
         for stage in said: run_stages(cfg, Path(d)/"run", stage)
         took = {k: json.loads((Path(d)/"run"/"state.json").read_text())[k]["seconds"] for k in said}

@@ -2,7 +2,7 @@
 import csv, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import timm, torch, torch._dynamo # What every training would import anew, the latter for DistributedDataParallel
-from together import together
+from together import together, usual_signals
 from vavae_nb.checkpoints import Checkpoints
 from vavae_nb.config import override, save_config
 from vavae_nb.recipes import recipe
@@ -19,7 +19,7 @@ CONFIG = override(recipe("smoke"), {"device": "cpu", "precision": "fp32", "data.
 def train(out, stages, config=None, **env):
     "In a fork: the status it would end with; what it says goes to a file"
     os.environ.update(env)
-    with open(out.with_suffix(".txt"), "a") as said:
+    with open(out.with_suffix(".txt"), "a", encoding="utf-8") as said:
         os.dup2(said.fileno(), 1); os.dup2(said.fileno(), 2)
         torch.set_num_threads(1)
         try:
@@ -44,7 +44,7 @@ def on_processes(n, *args, **kw):
     env = together(n)
     return [fork(*args, **kw, **env, RANK=str(r)) for r in range(n)]
 
-def until(condition, pids, seconds=60):
+def until(condition, pids, seconds=300):
     end = time.time()+seconds
     while not condition() and time.time() < end and not any(os.waitid(os.P_PID, p, os.WEXITED|os.WNOHANG|os.WNOWAIT) for p in pids): time.sleep(.01)
 
@@ -63,19 +63,19 @@ def dies_in_the_write(nth): # At its nth rename of a checkpoint: the data is wri
 
 def saved(out): return {(p.name, p.stat().st_ino) for p in out.glob("checkpoints/*/step-*.json")} # Newer ones replace older ones
 
-def kills(folder, n, seed=0):
+def kills(folder, n, longer, seed=0):
     "The same run unbroken, and killed n times"
     start = time.time()
-    assert ended(fork(folder/"whole", TRAININGS)) == 0, (folder/"whole.txt").read_text()
+    assert ended(fork(folder/"whole", TRAININGS)) == 0, (folder/"whole.txt").read_text(encoding="utf-8")
     whole, rng, at = time.time()-start, random.Random(seed), []
     for k in range(n):
         if k % 3 == 2: # In the middle of writing a checkpoint
             status = ended(fork(folder/"killed", TRAININGS, before=dies_in_the_write(rng.randint(1, 4))))
         else:
-            seen, more = saved(folder/"killed"), rng.randint(0, 2)
+            seen, more, began = saved(folder/"killed"), rng.randint(0, 2), time.time()
             pid = fork(folder/"killed", TRAININGS)
-            until(lambda: len(saved(folder/"killed")-seen) >= more, [pid]) # After so many new checkpoints, and a moment
-            time.sleep(rng.uniform(0, .8)+(1.5 if not more else 0))
+            until(lambda: len(saved(folder/"killed")-seen) >= more, [pid]) # After so many, and a moment of this machine
+            time.sleep(rng.uniform(0, .5)*(time.time()-began)/more if more else rng.uniform(.05, .2)*whole/longer)
             os.kill(pid, signal.SIGKILL); status = ended(pid)
         at.append([status, {s: Checkpoints(folder/"killed"/"checkpoints"/s).steps()[-1:] for s in ("tokenizer", "dit")}])
         if status == 0: break
@@ -85,15 +85,15 @@ def kills(folder, n, seed=0):
 def differences(a, b):
     "Files and log rows of two runs that are not the same"
     out = [f for f in ("tokenizer.safetensors", "dit.safetensors") if not (b/f).exists() or (a/f).read_bytes() != (b/f).read_bytes()]
-    rows = lambda d: sorted((r[0], int(r[1]), r[3], r[4]) for r in csv.reader(open(d/"log.csv")) if r[0] != "stage" and r[3] not in ("images_per_second", "memory_gb", "mfu"))
+    rows = lambda d: sorted((r[0], int(r[1]), r[3], r[4]) for r in csv.reader(open(d/"log.csv", encoding="utf-8")) if r[0] != "stage" and r[3] not in ("images_per_second", "memory_gb", "mfu"))
     return out+[list(map(str, r)) for r in set(rows(a)) ^ set(rows(b))]
 
 def stopped(folder):
     "SIGTERM once: saved and ended; then continued"
-    pid = fork(folder/"stopped", TRAININGS)
+    pid = fork(folder/"stopped", TRAININGS, before=usual_signals)
     until(lambda: (folder/"stopped"/"log.csv").exists(), [pid])
     os.kill(pid, signal.SIGTERM)
-    status, said = ended(pid), (folder/"stopped.txt").read_text()
+    status, said = ended(pid), (folder/"stopped.txt").read_text(encoding="utf-8")
     steps = Checkpoints(folder/"stopped"/"checkpoints"/"tokenizer").steps()
     return dict(status=status, said=said, steps=steps, then=ended(fork(folder/"stopped", TRAININGS)), differ=differences(folder/"whole", folder/"stopped"))
 
@@ -102,7 +102,7 @@ def moved(folder):
     pids = on_processes(2, folder/"two", ("tokenizer",))
     until(lambda: len(Checkpoints(folder/"two"/"checkpoints"/"tokenizer").steps()) > 1, pids)
     os.kill(pids[1], signal.SIGKILL)
-    status, said = [ended(p) for p in pids], (folder/"two.txt").read_text()
+    status, said = [ended(p) for p in pids], (folder/"two.txt").read_text(encoding="utf-8")
     step, out = Checkpoints(folder/"two"/"checkpoints"/"tokenizer").newest()[0], dict(status=status, said=said)
     for n in (1, 3):
         os.system(f"cp -r {folder/'two'} {folder/f'on{n}'}")
@@ -112,7 +112,7 @@ def moved(folder):
 
 def apart(a, b):
     "Largest relative difference of a loss, in training or validation, between the logs of two runs, step by step"
-    rows = lambda d: {(r[0], r[1], r[3]): float(r[4]) for r in csv.reader(open(d/"log.csv")) if r[3] == "loss" or r[3].startswith("valid/")}
+    rows = lambda d: {(r[0], r[1], r[3]): float(r[4]) for r in csv.reader(open(d/"log.csv", encoding="utf-8")) if r[3] == "loss" or r[3].startswith("valid/")}
     x, y = rows(a), rows(b)
     assert x.keys() == y.keys(), x.keys() ^ y.keys()
     return max(abs(y[k]/x[k]-1) for k in x)
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     longer = max(1, n//4) # Each kill costs the steps since a checkpoint, yet the run gets on: it must not end before it was killed n times
     t = CONFIG.tokenizer_training
     save_config(override(CONFIG, {"tokenizer_training.steps": t.steps*longer, "tokenizer_training.phases": [dict(steps=t.phases[0].steps*longer, disc_start=2)], "dit_training.steps": CONFIG.dit_training.steps*longer}), folder/"config.yaml")
-    report = dict(kills=kills(folder, n))
+    report = dict(kills=kills(folder, n, longer))
     for f in (stopped, moved):
         if f.__name__ in sys.argv: report[f.__name__] = f(folder)
-    (folder/"report.json").write_text(json.dumps(report, indent=1))
+    (folder/"report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from together import usual_signals
 from vavae_nb import ablations as ab
 from vavae_nb.checkpoints import RunBusy, RunLock
 from vavae_nb.config import differences, flat
@@ -148,12 +149,19 @@ def test_a_failed_row_shows_as_failed(tmp_path):
     text = ab.render(ab.load_table("table2", "cpu", tmp_path))
     assert "1 (+ failed)" in text and "f4d32-none-b: seed 0 failed: the disk is full" in text
 
+@pytest.mark.parametrize("name", list(ab.tables))
+def test_a_table_of_which_nothing_is_measured_says_so(name, tmp_path):
+    for scale in ("cpu", "paper"):
+        header, rows = ab.table_cells(ab.load_table(name, scale, tmp_path))
+        assert {len(r) for r in rows} == {len(header)} and all(r[2] == "not measured" for r in rows[:-1])
+    assert "not measured" in ab.render(ab.load_table(name, "cpu", tmp_path))
+
 def test_a_damaged_result_is_named(tmp_path):
     r = row("table2", "f16d64-none-b")
     path = ab.result_path(tmp_path, r, "cpu", 0)
     path.parent.mkdir(parents=True)
     for text in ('{"status": "do', "[]", '{"status": "odd"}'):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=f"{path.name} is no result"): ab.load_table("table2", "cpu", tmp_path)
 
 # The runner, with the run itself left out
@@ -177,7 +185,7 @@ def test_done_rows_are_skipped_and_failed_ones_tried_again(runner):
     trouble["f4d16-none-b"] = RuntimeError("out of memory")
     assert [p.name for p in run(rows, seeds=[0, 1])] == ["f4d16-none-b-0.json"]
     assert len(ran) == 6 and ran[:3] == [("f4d8-none-b", 0), ("f4d16-none-b", 0), ("f4d32-none-b", 0)] # Each seed of all rows before the next
-    assert json.loads((results/"table2"/"cpu"/"f4d16-none-b-0.json").read_text())["error"] == "RuntimeError: out of memory"
+    assert json.loads((results/"table2"/"cpu"/"f4d16-none-b-0.json").read_text(encoding="utf-8"))["error"] == "RuntimeError: out of memory"
     ran.clear()
     assert run(rows, seeds=[0, 1]) == [] and ran == [("f4d16-none-b", 0)]
     ran.clear()
@@ -246,17 +254,17 @@ def test_committed_results_are_whole(path):
     assert r["status"] == "done" and path == ab.result_path(ROOT/"results", next(x for x in ab.tables[r["table"]].rows if x.name_at("cpu") == r["row"]), "cpu", r["seed"])
     p = r["provenance"]
     assert re.fullmatch("[0-9a-f]{40}", p["commit"]) and p["data"]["train"]["fingerprint"] and r["config"]["seed"] == r["seed"] and path.with_suffix(".webp").exists()
-    assert all(f["extractor"] and f["reference"] and f["n"] for f in r["generation"]["fd"]) and "/work" not in path.read_text()
+    assert all(f["extractor"] and f["reference"] and f["n"] for f in r["generation"]["fd"]) and "/work" not in path.read_text(encoding="utf-8")
 
 def test_the_list_of_results_is_up_to_date():
     sys.path.insert(0, str(ROOT/"tools"))
     from inventory import listed
-    text = (ROOT/"results"/"README.md").read_text()
+    text = (ROOT/"results"/"README.md").read_text(encoding="utf-8")
     assert "<!-- inventory -->" in text and listed(text) == text, "run python tools/inventory.py"
 
 # The command, for real
 
-def cli(*args, cwd=None, **kw): return subprocess.run([sys.executable, "-m", "vavae_nb.ablations", *map(str, args)], capture_output=True, text=True, timeout=900, cwd=cwd, **kw)
+def cli(*args, cwd=None, **kw): return subprocess.run([sys.executable, "-m", "vavae_nb.ablations", *map(str, args)], capture_output=True, text=True, encoding="utf-8", timeout=900, cwd=cwd, **kw)
 
 def test_a_dry_run_plans_and_does_nothing(tmp_path):
     r = cli("fig4a", "--scale", "cpu", "--dry-run", cwd=tmp_path)
@@ -271,7 +279,7 @@ def test_the_dilemma_in_smoke(tmp_path):
     assert re.findall(r"^\| (\S+) \| 1 \| ran \|", r.stdout, re.M) == ["f4d8-none-b", "f4d16-none-b", "f4d32-none-b"]
     done = sorted((tmp_path/"results"/"table2"/"smoke").iterdir())
     assert [p.name for p in done] == [f"f4d{d}-none-b-0.json" for d in (16, 32, 8)] # 20 samples make no picture of ten a class
-    one = json.loads(done[0].read_text())
+    one = json.loads(done[0].read_text(encoding="utf-8"))
     assert one["status"] == "done" and one["provenance"]["commit"] and ab.figures(one)["PSNR"] > 0 and one["config"]["tokenizer.latent_dim"] == 16
     before = {p: p.read_bytes() for p in done}
     again = cli("fig1", "--scale", "smoke", cwd=tmp_path)
@@ -289,14 +297,14 @@ def test_every_table_in_smoke(tmp_path_factory, table):
 @pytest.mark.slow
 def test_stopped_jobs_go_on(tmp_path):
     args = [sys.executable, "-m", "vavae_nb.ablations", "fig2", "--scale", "smoke", "--jobs", "2"]
-    p = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", preexec_fn=usual_signals)
     deadline = time.time()+300
     while not list(tmp_path.glob("results/*/smoke/*.json")) and time.time() < deadline: time.sleep(.5)
     p.send_signal(signal.SIGTERM)
-    out = p.communicate(timeout=200)[0]
+    out = p.communicate(timeout=600)[0]
     assert p.returncode == 143, out
     left = len(list(tmp_path.glob("results/*/smoke/*.json")))
-    assert 0 < left < 6 and not any(json.loads(f.read_text())["status"] == "failed" for f in tmp_path.glob("results/*/smoke/*.json"))
+    assert 0 < left < 6 and not any(json.loads(f.read_text(encoding="utf-8"))["status"] == "failed" for f in tmp_path.glob("results/*/smoke/*.json"))
     r = cli(*args[3:], cwd=tmp_path)
     assert r.returncode == 0 and len(re.findall(r"^\| \S+ \| 1 \| ran \|", r.stdout, re.M)) == 6, r.stdout+r.stderr
     assert not list(tmp_path.rglob("run.lock"))

@@ -10,8 +10,8 @@ golden, _ = load_tensors(Path(__file__).parent/"golden"/"vf_loss.safetensors")
 
 def test_d_losses_equal_published():
     real, fake = golden["hinge.real"], golden["hinge.fake"]
-    check(hinge_d_loss(real, fake), golden["hinge.loss"], rtol=1e-6)
-    check(vanilla_d_loss(real, fake), golden["vanilla.loss"], rtol=1e-6)
+    check(hinge_d_loss(real, fake), golden["hinge.loss"], rtol=1e-5)
+    check(vanilla_d_loss(real, fake), golden["vanilla.loss"], rtol=1e-5)
 
 def test_losses_are_not_symmetric():
     "Swapping real and fake must change the loss, and the generator must raise the logits of its images"

@@ -13,7 +13,7 @@ def whole(c): return sorted(p.name for s in c.steps() for p in (c._json(s), c._d
 
 def forking(script, *args):
     "Run a script that imports once, forks what it kills, and prints what it saw as JSON"
-    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, timeout=200)
+    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, encoding="utf-8", timeout=900)
     assert r.returncode == 0, r.stderr
     return json.loads(r.stdout.splitlines()[-1])
 
@@ -117,7 +117,7 @@ def test_every_byte_of_the_json_and_any_of_the_data(tmp_path):
                 if get == c.newest: fell_back += step == 1; assert path == js or step == 1
         path.write_bytes(good)
     assert fell_back > 100 # Most of the JSON is the hash
-    for break_it in (lambda: data.write_bytes(data.read_bytes()[:-1]), lambda: data.write_bytes(b""), data.unlink, *(lambda o=o: js.write_text(o) for o in ("", "[]", "{}"))):
+    for break_it in (lambda: data.write_bytes(data.read_bytes()[:-1]), lambda: data.write_bytes(b""), data.unlink, *(lambda o=o: js.write_text(o, encoding="utf-8") for o in ("", "[]", "{}"))):
         keep = {p: p.read_bytes() for p in (js, data)}
         break_it()
         with pytest.warns(UserWarning, match="step-00000002.*step 1 is used instead"): assert c.newest()[0] == 1
@@ -148,7 +148,7 @@ def test_tensors_survive_by_value(tmp_path):
         assert there.keys() == given.keys()
         for k,v in given.items(): assert there[k].dtype == v.dtype and there[k].shape == v.shape and torch.equal(there[k], v), k
     assert repr(got["numbers"]) == repr([0.1, -1e-300, 2**70, True, None, "ü", float("inf")]) and got["none"] == {} and got["empty"] == []
-    if (maps := Path("/proc/self/maps")).exists(): assert str(tmp_path) not in maps.read_text() # Owned: rotation may delete the file
+    if (maps := Path("/proc/self/maps")).exists(): assert str(tmp_path) not in maps.read_text(encoding="utf-8") # Owned: rotation may delete the file
     assert oct(c._data(0, c._info(0)).stat().st_mode)[-3:] == "644"
 
 def test_rotation_and_finish(tmp_path):
@@ -159,8 +159,8 @@ def test_rotation_and_finish(tmp_path):
     assert not c.folder.exists() # The best was the last
     c.finish(); assert c.newest() is None and c.steps() == []
     for i,score in enumerate([1, 2], 1): c.save(i, state(i), score)
-    (c.folder/"notes.txt").write_text("not ours"); (c.folder/"step-x.json").write_text("nor this")
-    for stray in (".tmpA1b2C3", ".step-00000009.json.x1.json", "step-00000009.safetensors", "step-00000001-0123abcd.safetensors"): (c.folder/stray).write_text("of a killed writer")
+    (c.folder/"notes.txt").write_text("not ours", encoding="utf-8"); (c.folder/"step-x.json").write_text("nor this", encoding="utf-8")
+    for stray in (".tmpA1b2C3", ".step-00000009.json.x1.json", "step-00000009.safetensors", "step-00000001-0123abcd.safetensors"): (c.folder/stray).write_text("of a killed writer", encoding="utf-8")
     c.finish(); assert names(c) == sorted([*whole(c), "notes.txt", "step-x.json"]) and c.steps() == [1]
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ root = Path(sys.argv[1])
 
 def main(name):
     for fd in (1, 2): os.dup2(os.open(root/f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
-    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
+    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
     with user_errors("call the same command again"), RunLock(root/name), StopSignals() as stop:
         if name.startswith("worker"):
             if not os.fork():
@@ -196,16 +196,24 @@ def main(name):
             print("ready", flush=True)
             time.sleep(.3 if "ignored" in name else 60)
 
+def soon(condition):
+    end = time.time()+60
+    while time.time() < end:
+        if condition(): return True
+        time.sleep(.01)
+    return False
+
 def until(name, word):
-    for _ in range(2000):
-        text = (root/f"{name}.txt").read_text() if (root/f"{name}.txt").exists() else ""
+    for _ in range(6000):
+        text = (root/f"{name}.txt").read_text(encoding="utf-8") if (root/f"{name}.txt").exists() else ""
         if word in text: return text
         time.sleep(.01)
     raise TimeoutError(f"{name}: {text}")
 
 got = {}
-for name,signals in {"term": [15], "int": [2], "ignored": [2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-twice": [15, 2], "worker": []}.items():
+for name,signals in {"term": [15], "int": [2], "hup": [1], "ignored": [1, 2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-hup": [1], "deferred-twice": [15, 2], "worker": []}.items():
     if not (child := os.fork()):
+        for s in (signal.SIGHUP, signal.SIGQUIT): signal.signal(s, signal.SIG_DFL)
         try: main(name); code = 0
         except SystemExit as e: code = e.code
         if name == "term": sys.exit(code) # As a command ends; the others save torch's second of leave-taking
@@ -214,8 +222,10 @@ for name,signals in {"term": [15], "int": [2], "ignored": [2, 15], "deferred-ter
     if name == "worker":
         worker = int(until(name, "worker").split("worker ")[1].split()[0])
         ticks = lambda: until(name, "").count("tick")
-        os.kill(worker, 2); n = ticks(); time.sleep(.5); assert ticks() > n, "Ctrl-C is for the parent to answer"
-        os.kill(worker, 15); time.sleep(.2); n = ticks(); time.sleep(.2); assert ticks() == n, "SIGTERM ends a worker"
+        os.kill(worker, 2); n = ticks()+1 # One may be on its way
+        assert soon(lambda: ticks() > n), "Ctrl-C is for the parent to answer"
+        os.kill(worker, 15)
+        assert soon(lambda: (n := ticks(), time.sleep(1))[0] == ticks()), "SIGTERM ends a worker"
         signals = [15]
     for i,s in enumerate(signals):
         if i and "twice" in name: until(name, "saving")
@@ -224,15 +234,15 @@ for name,signals in {"term": [15], "int": [2], "ignored": [2, 15], "deferred-ter
 
 if not (child := os.fork()):                                                    # Killed, but for its worker
     RunLock(root/"lock").__enter__()
-    if not os.fork(): os.setsid(); Path(root, "orphan").write_text(str(os.getpid())); time.sleep(60); os._exit(0)
-    while not (root/"orphan").exists() or not (root/"orphan").read_text(): time.sleep(.01)
+    if not os.fork(): os.setsid(); Path(root, "orphan").write_text(str(os.getpid()), encoding="utf-8"); time.sleep(60); os._exit(0)
+    while not (root/"orphan").exists() or not (root/"orphan").read_text(encoding="utf-8"): time.sleep(.01)
     time.sleep(60)
-while not (root/"orphan").exists() or not (root/"orphan").read_text(): time.sleep(.01)
+while not (root/"orphan").exists() or not (root/"orphan").read_text(encoding="utf-8"): time.sleep(.01)
 try: RunLock(root/"lock").__enter__(); got["second"] = "was let in"
 except ConfigError as e: got["second"] = str(e).replace(str(child), "THE CHILD")
 os.kill(child, 9); os.waitpid(child, 0)
 with RunLock(root/"lock"): got["after"] = "let in"
-os.kill(int((root/"orphan").read_text()), 9)
+os.kill(int((root/"orphan").read_text(encoding="utf-8")), 9)
 
 def crowd(): # Takes the lock twenty times; a marker shows whether somebody else has it
     had = 0
@@ -252,11 +262,88 @@ print(json.dumps(got))
 
 def test_signals_and_locks(tmp_path):
     got = forking(SIGNALS, tmp_path)
-    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("worker", 143, "SIGTERM; call"),
-                             ("ignored", 0, ""), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
+    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("hup", 129, "stopped by SIGHUP; call"), ("worker", 143, "SIGTERM; call"),
+                             ("ignored", 0, ""), ("deferred-hup", 129, "SIGHUP: saving"), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
                              ("deferred-int", 130, "SIGINT: saving"), ("deferred-twice", 130, "stopped by SIGINT")):
         code, text, steps, locked = got[name]
         assert code == status and said in text and "Traceback" not in text and not locked, (name, got[name])
-        assert steps == ([7] if name in ("deferred-term", "deferred-int") else []), name
+        assert steps == ([7] if name in ("deferred-term", "deferred-int", "deferred-hup") else []), name
     assert "is being written by process THE CHILD on " in got["second"] and got["after"] == "let in"
     assert got["crowd"] == [0]*5
+
+TERMINAL = """
+import json, os, pty, signal, sys, time
+from pathlib import Path
+from vavae_nb.checkpoints import Checkpoints, StopSignals
+from vavae_nb.commands import user_errors
+root = Path(sys.argv[1])
+
+def main(): # A loop with a progress bar, such as a training
+    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, usual)
+    with user_errors("call the same command again"), StopSignals() as stop, stop.deferred():
+        while not stop.signum:
+            (root/"ready").touch()
+            time.sleep(.05)
+        for step in range(20): print("step", step, file=sys.stderr, flush=True)
+        Checkpoints(root/"run").save(20, {"step": 20})
+
+child, terminal = pty.fork()
+if not child:
+    try: main(); code = 0
+    except SystemExit as e: code = e.code
+    except BaseException: code = 99
+    os._exit(code)
+while not (root/"ready").exists(): time.sleep(.01)
+os.close(terminal) # As a window is closed
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), Checkpoints(root/"run").steps()]))
+"""
+
+def test_a_closed_terminal_saves_and_stops(tmp_path): assert forking(TERMINAL, tmp_path) == [129, [20]]
+
+LOST = """
+import json, os, signal, sys, weakref
+from vavae_nb.checkpoints import StopSignals
+from vavae_nb.core import Stopped
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+sys.unraisablehook = lambda what: None
+class Destroyed:
+    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
+class Referred: pass
+def by_a_destructor(): Destroyed()
+def by_a_weak_reference():
+    referred = Referred()
+    reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del referred
+got = []
+for send in (by_a_destructor, by_a_weak_reference):
+    with StopSignals() as stop:
+        try: send(); got.append("swallowed")
+        except Stopped: got.append("raised")
+        try: stop.check(); got.append("forgotten")
+        except Stopped as e: got.append(str(e))
+print(json.dumps(got))
+"""
+
+def test_a_signal_that_python_swallows_is_not_forgotten(tmp_path):
+    got = forking(LOST, tmp_path)
+    assert got[1::2] == ["SIGTERM"]*2 and set(got[::2]) <= {"swallowed", "raised"}
+
+def test_finishing_twice_changes_nothing(tmp_path):
+    c = Checkpoints(tmp_path, keep=2)
+    for i,score in enumerate([3, 1, 2], 1): c.save(i, state(i), score)
+    for _ in range(2): c.finish(3); assert c.steps() == [2] # The best, which is not the last
+    c.finish(2); assert not c.folder.exists()
+
+def test_a_lock_on_a_disk_that_fails_hides_no_error(tmp_path, monkeypatch):
+    def fails(*_): raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(VavaeError, match="what really happened"):
+        with RunLock(tmp_path/"run"):
+            monkeypatch.setattr(Path, "unlink", fails)
+            raise VavaeError("what really happened")
+
+def test_hostile_json_is_a_checkpoint_that_is_passed_over(tmp_path):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1))
+    for text in ("["*100_000, "{\"step\": "+"9"*6000+"}", "[]", "null", "{\"step\": 2}", "\xff"):
+        c._json(2).write_text(text, encoding="utf-8")
+        with pytest.warns(UserWarning, match="step-00000002.json.*step 1 is used instead"): assert c.newest()[0] == 1

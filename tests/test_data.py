@@ -70,7 +70,7 @@ def test_one_class_is_said(tmp_path):
     (lambda p: p, "no class folders"),
     (lambda p: (p/"c").mkdir() or p, "no class folders"),
     (lambda p: (p/"x.png").write_bytes(b"") and None or p, "1 loose images"),
-    (lambda p: (p/"f").write_text("a file") and p/"f", "is a file"),
+    (lambda p: (p/"f").write_text("a file", encoding="utf-8") and p/"f", "is a file"),
 ])
 def test_layouts_that_hold_nothing(tmp_path, make, message):
     (tmp_path/"d").mkdir()

@@ -39,7 +39,7 @@ def test_equals_published(name):
 
 @pytest.mark.parametrize("size", ["XL", "B", "1p6B"])
 def test_published_names_and_shapes(size):
-    want = json.loads((GOLDEN/"state_dict_keys.json").read_text())[f"LightningDiT-{size}/1"]
+    want = json.loads((GOLDEN/"state_dict_keys.json").read_text(encoding="utf-8"))[f"LightningDiT-{size}/1"]
     with torch.device("meta"): model = create_dit(size)
     assert {k: list(v.shape) for k,v in model.state_dict().items()} == want
 

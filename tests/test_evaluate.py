@@ -42,18 +42,18 @@ def run(capsys):
         return status, out, err
     return f
 
-def figures(path): return {f["metric"]: f for f in json.loads(path.read_text())["figures"]}
+def figures(path): return {f["metric"]: f for f in json.loads(path.read_text(encoding="utf-8"))["figures"]}
 def generation(work, **kw): return dict(samples=work/"samples.npz", reference=work/"reference.npz", extractor=["alexnet"], device="cpu") | kw
 
 def test_help_names_each_action_and_needs_no_torch():
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", "--help"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", "--help"], capture_output=True, text=True, encoding="utf-8")
     assert r.returncode == 0 and all(a in r.stdout for a in actions)
     code = "import sys, vavae_nb.evaluate; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8").stdout.strip() == "[]"
 
 def test_command_line(work, tmp_path):
     args = ["generation", "--samples", work/"samples.npz", "--reference", work/"reference.npz", "--extractor", "alexnet", "--metrics", "fd", "--batch-size", "50", "--label-sampling", "random", "--out", tmp_path/"e.json"]
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", *map(str, args)], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", *map(str, args)], capture_output=True, text=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     assert figures(tmp_path/"e.json")["fd"]["label_sampling"] == "random (said by the caller)" and "fd" in r.stdout
 
@@ -121,7 +121,7 @@ def test_how_samples_were_drawn(work, run, tmp_path):
     assert (guided["label_sampling"], guided["seed"], guided["sampling"]["cfg_scale"], unguided["sampling"]["cfg_scale"]) == ("balanced", 5, 3., 1.)
     assert how_drawn(tmp_path/"x.npz")["label_sampling"] == "not said"
     record = dict(settings=dict(classes="random", seed=9, solver="heun"), outputs=dict(npz=dict(sha256=sha256_file(tmp_path/"x.npz"))))
-    s = tmp_path/"set"; s.mkdir(); (s/"sample.json").write_text(json.dumps(record)); (s/"samples.npz").write_bytes(data)
+    s = tmp_path/"set"; s.mkdir(); (s/"sample.json").write_text(json.dumps(record), encoding="utf-8"); (s/"samples.npz").write_bytes(data)
     assert how_drawn(s) == dict(label_sampling="random", seed=9, sampling=dict(solver="heun"))
     status, _, err = run("generation", **generation(work, samples=s, label_sampling="balanced", metrics=["fd"]))
     assert status == 2 and "are random" in err
@@ -152,7 +152,7 @@ def _folder(path, images):
 def test_bad_input(work, run, alex, tmp_path):
     x = embedded("test").pixels[:4]
     np.savez(tmp_path/"floats.npz", arr_0=x.astype(np.float32)); np.savez(tmp_path/"nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048)); (tmp_path/"empty").mkdir()
-    (tmp_path/"damaged.npz").write_bytes(b"PK not a zip"); (tmp_path/"x.json").write_text("{")
+    (tmp_path/"damaged.npz").write_bytes(b"PK not a zip"); (tmp_path/"x.json").write_text("{", encoding="utf-8")
     load_reference(work/"reference.npz", alex).save(tmp_path/"alexnet.safetensors")
     folders = dict(grey=_folder(tmp_path/"grey", [x[0], x[1][..., 0]]), rgba=_folder(tmp_path/"rgba", [np.dstack([i, i[..., :1]]) for i in x]), mixed=_folder(tmp_path/"mixed", [x[0], x[1][:16]]))
     for kw,said in ((dict(samples=work/"few.npz"), "need more than 3 images"), (dict(samples=tmp_path/"empty"), "no images under"), (dict(samples=folders["grey"]), "not RGB"),

@@ -2,6 +2,7 @@
 import os, random, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from PIL import Image
+from together import dying
 from vavae_nb import data
 from vavae_nb.data import embedded
 from vavae_nb.extract import main
@@ -27,9 +28,9 @@ COMMON = dict(tokenizer="tok.safetensors", data="pets", per_shard=10, device="cp
 def extract(**kw):
     main(**COMMON | dict(out="z") | kw)
 
-def start(*args, env=None, **kw):
+def start(*args, env=None, python=(sys.executable, "-m", "vavae_nb.extract"), **kw):
     options = [o for k,v in (COMMON | kw).items() for o in (f"--{k.replace('_', '-')}", str(v))]
-    return subprocess.Popen([sys.executable, "-m", "vavae_nb.extract", *options, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    return subprocess.Popen([*python, *options, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | (env or {}))
 
 def refused(capsys, **kw):
     with pytest.raises(SystemExit) as e: extract(**kw)
@@ -53,7 +54,7 @@ def test_shards_of_a_folder_with_a_corrupt_image(work, capsys):
     lazy = data.lazy_folder(work/"pets", 32) # Aligned: the image at 4 is the latent at 3
     with torch.no_grad(): p = tok.eval().posterior(lazy.batch([4, 89]))
     u = (tok.denormalise(latents.batch([3, 88]))-p.mean)/p.std
-    assert u.abs().max() < 5 and .8 < u.std() < 1.2
+    assert u.abs().max() < 6 and .8 < u.std() < 1.2 # Of 512 normal numbers
 
 def test_each_image_is_decoded_once_for_both_flips(work, monkeypatch):
     crop, seen = data.center_crop, []
@@ -97,15 +98,18 @@ def test_two_processes_at_once(work):
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_continued_gives_the_same_bytes(work, kills):
     extract(out="unbroken", per_shard=2, batch_size=2)
-    chance, struck = random.Random(0), 0
+    chance, how = random.Random(0), dict(per_shard=2, batch_size=2)
     for k in range(kills):
-        p, n, until = start("--out", "z", per_shard=2, batch_size=2), len(shard_files("z")), time.time()+120
+        if k % 3 == 0: # In the middle of a write, whatever the machine is doing
+            p = start("--out", "z", python=dying("vavae_nb.extract", chance.randint(1, 5), "latents_rank"), **how)
+            p.communicate()
+            assert k or p.returncode == -signal.SIGKILL and 0 <= len(shard_files("z")) < 5
+            continue
+        p, n, until = start("--out", "z", **how), len(shard_files("z")), time.time()+120 # At any moment
         while p.poll() is None and len(shard_files("z")) == n and time.time() < until: time.sleep(.001)
         time.sleep(chance.random()*.02)
-        struck += p.poll() is None and len(shard_files("z")) < 45
         p.send_signal(signal.SIGKILL); p.wait(); p.communicate()
-    assert struck # At least one in the middle of it
-    p = start("--out", "z", per_shard=2, batch_size=2)
+    p = start("--out", "z", **how)
     assert p.wait() == 0, p.communicate()
     assert contents(work/"z") == contents(work/"unbroken") and not list((work/"z").glob(".*"))
 
@@ -117,5 +121,5 @@ def test_bad_input(work, capsys):
         assert message in refused(capsys, **kw)
 
 def test_the_module_needs_no_torch():
-    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.extract; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules])"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.extract; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules])"], capture_output=True, text=True, encoding="utf-8")
     assert r.stdout.strip() == "[]", r.stdout+r.stderr

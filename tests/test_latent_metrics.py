@@ -14,7 +14,7 @@ from vavae_nb.training.stages import read_log, run_stages
 def randn(*size, what="x"): return torch.randn(*size, generator=generator(0, what))
 
 def test_what_scale_and_rotation_change():
-    z, y = randn(120, 4, 4, 4), torch.arange(120) % 3
+    z, y = randn(120, 4, 4, 4).double(), torch.arange(120) % 3 # In float32, 5 + 1e-3 z would be rounded
     scaled = z*torch.tensor([1e-3, 1., 50., 1e3]).view(1, -1, 1, 1)+torch.tensor([5., 0., -1., 9.]).view(1, -1, 1, 1)
     a, b = latent_report(z, y, z[:, :2]), latent_report(scaled, y, z[:, :2])
     assert all(a[k] == pytest.approx(b[k], abs=2e-3) for k in a), "a channel's mean and scale must not count"
@@ -92,6 +92,6 @@ def test_the_dashboard_of_a_run_with_phases(tmp_path):
     log = read_log(watched.out/"log.csv")
     assert [s for s,_ in log["dashboard"]["psnr"]] == [0, 2, 3, 5] and "cka" not in log["dashboard"] and "dashboard" not in read_log(plain.out/"log.csv")
     assert "high_frequency/3" in log["dashboard"] and (watched.out/"dashboard.png").stat().st_size > 10_000 and not (plain.out/"dashboard.png").exists()
-    assert json.loads((watched.out/"state.json").read_text())["tokenizer"]["dashboard_seconds"] > 0
+    assert json.loads((watched.out/"state.json").read_text(encoding="utf-8"))["tokenizer"]["dashboard_seconds"] > 0
     again = run_stages(override(cfg, {"evaluation.dashboard_every": 2}), tmp_path/"watched", "tokenizer", force=True)
     assert len(read_log(again.out/"log.csv")["dashboard"]["psnr"]) == 4 # Not 8: rows of the first try are gone

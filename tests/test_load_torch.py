@@ -138,7 +138,7 @@ def test_cut_short_anywhere(tmp_path, zipped):
     assert torch.equal(load_torch(p)[0]["w"], torch.arange(1000.)) and load_torch(p)[1] == []
 
 def test_what_is_no_checkpoint(tmp_path):
-    (tmp_path/"text.pt").write_text("hello"); (tmp_path/"plain.pt").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path/"text.pt").write_text("hello", encoding="utf-8"); (tmp_path/"plain.pt").write_bytes(pickle.dumps({"a": 1}))
     with zipfile.ZipFile(tmp_path/"zip.pt", "w") as z: z.writestr("a.txt", "hello")
     for f in ("text", "plain", "zip"):
         with pytest.raises(CheckpointError, match="download it again"): load_torch(tmp_path/f"{f}.pt")

@@ -68,9 +68,9 @@ def on_two(folder):
 def two(tmp_path_factory):
     "That, without a terminal"
     d = tmp_path_factory.mktemp("two")
-    env = os.environ | together(2) | dict(PYTHONPATH=str(Path(__file__).parent), PYTHONWARNINGS="ignore")
-    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=200)
-    said = [[(d/f"{name}{k}.txt").read_text() for name in ("out", "err")] for k in range(2)]
+    env = os.environ | together(2) | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]), PYTHONWARNINGS="ignore")
+    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=900)
+    said = [[(d/f"{name}{k}.txt").read_text(encoding="utf-8") for name in ("out", "err")] for k in range(2)]
     assert r.returncode == 0, said
     return d, said
 
@@ -104,17 +104,17 @@ def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, kille
     p = tmp_path/"log.csv"
     fit_steps(toy(TermsLog(tmp_path/"unbroken.csv", "toy", every)), 20)
     one = rows(tmp_path/"unbroken.csv")
-    p.write_text("stage,step,seconds,term,value\nother,99,1.0,loss,0.5\n")
+    p.write_text("stage,step,seconds,term,value\nother,99,1.0,loss,0.5\n", encoding="utf-8")
     kept = []
     def die(_): raise KeyboardInterrupt
     cut = toy(TermsLog(p, "toy", every), At(at, lambda l: kept.append(copy.deepcopy(training_state(l)))), *([At(killed, die)] if killed < 20 else []))
     try: fit_steps(cut, 20)
-    except KeyboardInterrupt: p.write_text(p.read_text()+"toy,20,1.0,lo") # And in the middle of a write
+    except KeyboardInterrupt: p.write_text(p.read_text(encoding="utf-8")+"toy,20,1.0,lo", encoding="utf-8") # And in the middle of a write
     again = TermsLog(p, "toy", every)
     fit_steps(toy(again, Resume(kept[0])), 20)
     assert rows(p) == one and read_log(p)["other"] == dict(loss=[(99, .5)])
     assert [(r["step"], float(f"{r['loss']:.6g}")) for r in again.history] == one["loss"]
-    assert sorted(float(l.split(",")[2]) for l in p.read_text().splitlines()[2:]) == [float(l.split(",")[2]) for l in p.read_text().splitlines()[2:]] # Seconds go on
+    assert sorted(float(l.split(",")[2]) for l in p.read_text(encoding="utf-8").splitlines()[2:]) == [float(l.split(",")[2]) for l in p.read_text(encoding="utf-8").splitlines()[2:]] # Seconds go on
 
 def test_tensorboard_holds_the_rows_of_the_csv(tmp_path):
     kept, p = [], tmp_path/"log.csv"
@@ -149,6 +149,6 @@ def test_wandb_gets_the_rows_and_a_continued_run_is_the_same_one(tmp_path, monke
 def test_cutting_a_log_that_is_not_there_or_is_cut_short(tmp_path):
     cut_log(tmp_path/"log.csv", "dit")
     assert not (tmp_path/"log.csv").exists()
-    (tmp_path/"log.csv").write_text("stage,step,seconds,term,value\ndit,4,0.1,loss,2\ndit,8,0.2,loss,1\ndit,12")
+    (tmp_path/"log.csv").write_text("stage,step,seconds,term,value\ndit,4,0.1,loss,2\ndit,8,0.2,loss,1\ndit,12", encoding="utf-8")
     cut_log(tmp_path/"log.csv", "dit", 8)
     assert read_log(tmp_path/"log.csv") == dict(dit=dict(loss=[(4, 2.)]))

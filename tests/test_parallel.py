@@ -7,8 +7,8 @@ from together import together
 def run(folder, world, accumulate=1, steps=4):
     env = os.environ | together(world)
     out = folder/f"{world}-{accumulate}.pt"
-    ps = [subprocess.Popen([sys.executable, Path(__file__).parent/"parallel_worker.py", out, str(steps), str(accumulate)], env=env | dict(RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(world)]
-    said = [p.communicate(timeout=240)[0] for p in ps]
+    ps = [subprocess.Popen([sys.executable, Path(__file__).parent/"parallel_worker.py", out, str(steps), str(accumulate)], env=env | dict(RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") for r in range(world)]
+    said = [p.communicate(timeout=900)[0] for p in ps]
     assert not any(p.returncode for p in ps), said[0][-3000:]
     return torch.load(out)
 
@@ -44,4 +44,5 @@ def test_parts_are_the_whole_but_for_the_discriminators_batch_norm(folder, alone
     for a,b in zip(alone["tokenizer"]["history"][:2], parts["tokenizer"]["history"][:2]): # Before the GAN
         for k in a: assert b[k] == pytest.approx(a[k], rel=1e-9), k
     a, b = (r["tokenizer"]["history"][3] for r in (alone, parts))
-    assert 1e-6 < abs(b["gan_scale"]/a["gan_scale"]-1) < .1 # Each part has statistics of its own
+    apart = {k: abs(b[k]/a[k]-1) for k in ("loss/gan", "gan_scale")} # Each part has statistics of its own
+    assert max(apart.values()) > 1e-6 and apart["gan_scale"] < .1 # The scale has a largest value, which both may reach

@@ -82,7 +82,7 @@ def test_every_place_is_listed_and_the_command_ends_it(no_hub, monkeypatch):
 def test_pins_are_those_of_weights_txt():
     file = Path(__file__).parent.parent/"weights.txt"
     if not file.exists(): pytest.skip("installed without the repository")
-    assert {l.split(" ")[0] for l in file.read_text().splitlines() if l and l[0] != "#"} >= {f"{k}=={v}" for k,v in pretrained._pins.items()}
+    assert {l.split(" ")[0] for l in file.read_text(encoding="utf-8").splitlines() if l and l[0] != "#"} >= {f"{k}=={v}" for k,v in pretrained._pins.items()}
 
 def test_the_hubs_file_is_found_before_the_network_is_asked(no_hub, tmp_path, monkeypatch):
     drawn, _ = timm_network("test_resnet", "random")
@@ -103,7 +103,7 @@ def test_torch_files_load_as_safetensors_do(tmp_path, wrap):
     assert all(torch.equal(a, b) for a,b in zip(net.state_dict().values(), drawn.state_dict().values()))
 
 def test_files_that_are_no_weights(tmp_path):
-    torch.save(Evil(eval, "1"), tmp_path/"evil.pth"); torch.save(torch.zeros(3), tmp_path/"tensor.pth"); (tmp_path/"text.pth").write_text("no")
+    torch.save(Evil(eval, "1"), tmp_path/"evil.pth"); torch.save(torch.zeros(3), tmp_path/"tensor.pth"); (tmp_path/"text.pth").write_text("no", encoding="utf-8")
     for file, why in (("evil", "neither safetensors nor a torch file"), ("tensor", "no named tensors"), ("text", "neither safetensors nor")):
         with pytest.raises(WeightsError, match=why): timm_network("test_resnet", tmp_path/f"{file}.pth")
     (tmp_path/"half.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")

@@ -11,7 +11,7 @@ from vavae_nb.tokenizer.autoencoder import Autoencoder
 def start(n, args, **env):
     "The same Python command n times, as a launcher starts it"
     env = os.environ | together(n) | env
-    return [subprocess.Popen([sys.executable, *map(str, args)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
+    return [subprocess.Popen([sys.executable, *map(str, args)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") for r in range(n)]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
@@ -78,15 +78,15 @@ if __name__ == "__main__":
         np.savez(d/f"{rank()}.npz", **numbers(d, work, (rank(), world_size())))
         extract_features(feature_extractor("alexnet"), Fatal(), 10)
 """
-def figures(path): return {f["metric"]: (f["value"], f["standard_error"] or 0.) for f in json.loads(Path(path).read_text())["figures"]}
+def figures(path): return {f["metric"]: (f["value"], f["standard_error"] or 0.) for f in json.loads(Path(path).read_text(encoding="utf-8"))["figures"]}
 def listed(c): return sorted(p.relative_to(c).as_posix() for p in c.rglob("*") if p.is_file())
 
 @pytest.mark.parametrize("n, how, status, says", [(2, "kill", -signal.SIGKILL, ""), pytest.param(3, "error", 2, "photo.png", marks=pytest.mark.slow)])
 def test_the_numbers_of_one_process_until_one_dies(work, tmp_path, monkeypatch, n, how, status, says):
     (one := tmp_path/"one").mkdir(); (many := tmp_path/"many").mkdir()
-    (tmp_path/"shared.py").write_text(SHARED)
+    (tmp_path/"shared.py").write_text(SHARED, encoding="utf-8")
     ps = start(n, [tmp_path/"shared.py", many, work, how], VAVAE_NB_CACHE=str(tmp_path/"theirs"))
-    said = [p.communicate(timeout=200) for p in ps]
+    said = [p.communicate(timeout=900) for p in ps]
     assert [p.returncode for p in ps] == [2, status]+[2]*(n-2), said
     assert all(f"process {r} of {n} lost the others" in err for r,(_,err) in enumerate(said) if r != 1) and says in said[1][1] and "Traceback" not in str(said), said
     assert ("psnr" in said[0][0]) == (how == "error") and not any(out for out,_ in said[1:]) # Only the first speaks
@@ -114,7 +114,7 @@ def test_real_launchers(work, tmp_path):
     for name,launcher in dict(one=None, torchrun=torchrun, accelerate=accelerate).items():
         for command in (["vavae_nb.extract", "--tokenizer", work, "--out", tmp_path/name/"z", "--per-shard", 1000, "--precision", "fp32"],
                         ["vavae_nb.evaluate", "reconstruction", "--tokenizer", work, "-n", 100, "--extractor", "alexnet", "--lpips", "none", "--out", tmp_path/name/"e.json"]):
-            r = subprocess.run([sys.executable, "-m", *(launcher or []), *(["-m"] if launcher else []), *map(str, command), "--device", "cpu"], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
+            r = subprocess.run([sys.executable, "-m", *(launcher or []), *(["-m"] if launcher else []), *map(str, command), "--device", "cpu"], capture_output=True, text=True, encoding="utf-8", env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
             assert r.returncode == 0, r.stdout+r.stderr
         figure[name] = figures(tmp_path/name/"e.json")
         assert sum(len(load_tensors(p)[0]["labels"]) for p in shard_files(tmp_path/name/"z")) == 5000

@@ -11,7 +11,7 @@ from vavae_nb.tensors import generator, load_tensors, load_torch, save_tensors, 
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 GOLDEN = Path(__file__).parent/"golden"
-LISTED = json.loads((GOLDEN/"state_dict_keys.json").read_text())
+LISTED = json.loads((GOLDEN/"state_dict_keys.json").read_text(encoding="utf-8"))
 meta = lambda name: {k: torch.empty(s, device="meta") for k,s in LISTED[name].items()}
 
 def random_state(name, seed=0):
@@ -225,7 +225,7 @@ def test_full_sd_vae_and_vavae_have_their_names_in_diffusers():
 def test_a_folder_is_read_without_diffusers(tmp_path):
     tok = lively(SD)
     state = {diffusers_name(k, 4): v[:,:,0,0] if "attn" in k and v.ndim == 4 else v for k,v in tok.state_dict().items()}
-    (tmp_path/"config.json").write_text(json.dumps(dict(_class_name="AutoencoderKL", **config_to_diffusers(tok))))
+    (tmp_path/"config.json").write_text(json.dumps(dict(_class_name="AutoencoderKL", **config_to_diffusers(tok))), encoding="utf-8")
     save_tensors(tmp_path/"diffusion_pytorch_model.safetensors", state)
     code = f"""
 import sys
@@ -237,7 +237,7 @@ print(tok.fingerprint())
 try: to_diffusers(tok)
 except ConfigError as e: print(e)
 """
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     assert r.stdout.startswith(tok.fingerprint()) and "pip install diffusers" in r.stdout
 
@@ -249,11 +249,11 @@ def test_what_has_no_counterpart(tmp_path):
         with pytest.raises(ConfigError, match=why): config_from_diffusers(good | change)
     with pytest.raises(ConfigError, match="no attention.*activation gelu"): config_from_diffusers(good | dict(mid_block_add_attention=False, act_fn="gelu"))
     with pytest.raises(CheckpointError, match="neither config.json nor"): from_diffusers(tmp_path)
-    (tmp_path/"config.json").write_text(json.dumps(good))
+    (tmp_path/"config.json").write_text(json.dumps(good), encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds no weights"): from_diffusers(tmp_path)
     save_tensors(tmp_path/"diffusion_pytorch_model.safetensors", {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3), "more": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="missing .*\n(.*\n)*.*more"): from_diffusers(tmp_path)
-    (tmp_path/"config.json").write_text("{")
+    (tmp_path/"config.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not JSON"): from_diffusers(tmp_path)
 
 def test_one_door(tmp_path):
@@ -265,6 +265,6 @@ def test_one_door(tmp_path):
     for load in (load_tokenizer, load_dit):
         with pytest.raises(CheckpointError, match="no file or folder"): load(tmp_path/"none")
         with pytest.raises(CheckpointError, match="holds no t"): load(tmp_path)
-    (tmp_path/"x.pt").write_text("hello")
+    (tmp_path/"x.pt").write_text("hello", encoding="utf-8")
     for load in (load_tokenizer, load_dit):
         with pytest.raises(CheckpointError, match="not a whole torch checkpoint"): load(tmp_path/"x.pt")

@@ -10,7 +10,7 @@ from vavae_nb.training.stages import run_stages
 NAMES = [k.removeprefix("imagenet256-") for k in recipes if k.startswith("imagenet256-")]
 
 def command(*args):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *args], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *args], capture_output=True, text=True, encoding="utf-8")
     return r.returncode, r.stdout, r.stderr
 
 def test_every_row_and_curve_is_there():
@@ -68,7 +68,7 @@ def test_phases_and_late_uniform_times_train(tmp_path):
     cfg = short("cifar10-lightningdit-b-800ep")
     assert [p.steps for p in cfg.tokenizer_training.phases] == [1, 1] and cfg.dit_training.uniform_from == 2
     run = run_stages(cfg, tmp_path/"run")
-    log = (tmp_path/"run"/"log.csv").read_text()
+    log = (tmp_path/"run"/"log.csv").read_text(encoding="utf-8")
     assert "tokenizer,6," in log # Steps go on through the phases
     assert run.tokenizer().latent_std.unique().numel() > 1
 
@@ -83,7 +83,7 @@ def test_the_original_dit_trains_on_a_published_tokenizer(tmp_path):
     own = run.tokenizer().state_dict()
     assert all(torch.equal(v, own[k].cpu()) for k,v in tok.state_dict().items())
     assert torch.allclose(run.tokenizer().latent_std.cpu(), torch.full((1, 4, 1, 1), 1/.18215)) and not run.tokenizer().latent_mean.any()
-    assert "vlb" in (tmp_path/"run"/"log.csv").read_text()
+    assert "vlb" in (tmp_path/"run"/"log.csv").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("changes, message", [
     ({"dit_training.path": "ddpm", "sampling.solver": "ddpm"}, "learn_sigma"), ({"dit_training.path": "ddpm", "dit.learn_sigma": True}, "solver"), ({"tokenizer_training.steps": 0}, "tokenizer.weights"),

@@ -91,7 +91,7 @@ def test_adm_statistics(tmp_path, pixels):
 def test_folders(tmp_path, pixels):
     for i,p in enumerate(pixels):
         (to := tmp_path/"f"/f"c{i%3}"/"deep").mkdir(parents=True, exist_ok=True); Image.fromarray(p).save(to/f"{i:02}.png")
-    (tmp_path/"f"/".hidden.png").write_bytes(b""); (tmp_path/"f"/"notes.txt").write_text("")
+    (tmp_path/"f"/".hidden.png").write_bytes(b""); (tmp_path/"f"/"notes.txt").write_text("", encoding="utf-8")
     f = ImageFolder(tmp_path/"f")
     assert len(f) == 20 and f.classes == ["c0", "c1", "c2"] and f.labels.tolist() == sorted(i%3 for i in range(20))
     order = [int(p.stem) for p in f.paths]

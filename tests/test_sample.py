@@ -1,7 +1,8 @@
 "The sample command: what it makes, what it refuses, and that neither a kill nor the number of processes changes a byte"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
+from together import dying
 from vavae_nb.config import Config, override, save_config
 from vavae_nb.core import DataError
 from vavae_nb.dit.model import LightningDiT
@@ -45,12 +46,12 @@ def sample(run, capsys):
         return status, *capsys.readouterr()
     return f
 
-def start(run, out, *args, **env):
-    return subprocess.Popen([sys.executable, "-m", "vavae_nb.sample", "--run", run, "--out", out, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+def start(run, out, *args, python=(sys.executable, "-m", "vavae_nb.sample"), **env):
+    return subprocess.Popen([*python, "--run", run, "--out", out, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                             env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 def done(p):
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=900)
     assert p.returncode == 0, out+err
     return out
 
@@ -66,7 +67,7 @@ def test_what_a_run_makes(run, sample, tmp_path):
     one = generate_images(model, tok, torch.from_numpy(y), cfg.sampling, batch_size=1, **kw)
     assert np.abs(one.astype(int)-x).max() <= 1
     assert np.array_equal(np.asarray(Image.open(tmp_path/"s"/"images"/"000005-0001-a_dog.png")), x[5])
-    record = json.loads((tmp_path/"s"/"sample.json").read_text())
+    record = json.loads((tmp_path/"s"/"sample.json").read_text(encoding="utf-8"))
     assert record["settings"]["seed"] == 3 and record["settings"]["classes"] == "7,cat, 1" and record["made"][0]["images"] == 12 and record["outputs"].keys() == {"npz", "folder", "grid"}
     assert str(tmp_path/"s"/"samples.png") in out
 
@@ -81,16 +82,16 @@ def test_a_repeated_call_does_nothing_and_a_damaged_npz_is_made_again(run, sampl
 def test_neither_a_kill_nor_the_number_of_processes_changes_a_byte(run, sample, tmp_path):
     args, kw = ("-n", 20, "--chunk", 4, "--points", 60, "--batch-size", 2, "--format", "npz"), dict(n=20, chunk=4, points=60, batch_size=2, format=["npz"])
     assert sample(out=tmp_path/"whole", **kw)[0] == 0
-    p, first = start(run, tmp_path/"killed", *args), tmp_path/"killed"/"chunks"/"000000.safetensors"
-    while p.poll() is None and not first.exists(): time.sleep(.005)
-    p.send_signal(signal.SIGKILL); p.communicate()
+    p = start(run, tmp_path/"killed", *args, python=dying("vavae_nb.sample", 3, "chunks"))
+    first = tmp_path/"killed"/"chunks"/"000000.safetensors"
+    p.communicate() # Two of five chunks are whole
     assert p.returncode == -signal.SIGKILL and not (tmp_path/"killed"/"samples.npz").exists()
     kept = first.stat().st_mtime_ns
     assert sample(out=tmp_path/"killed", **kw)[0] == 0
     assert first.stat().st_mtime_ns == kept
     said = [done(q) for q in [start(run, tmp_path/"two", *args, RANK=str(r), WORLD_SIZE="2") for r in (0, 1)]]
     assert any("made: " in s for s in said)
-    assert sorted({c["rank"] for c in json.loads((tmp_path/"two"/"sample.json").read_text())["made"]}) == ["0 of 2", "1 of 2"]
+    assert sorted({c["rank"] for c in json.loads((tmp_path/"two"/"sample.json").read_text(encoding="utf-8"))["made"]}) == ["0 of 2", "1 of 2"]
     whole = (tmp_path/"whole"/"samples.npz").read_bytes()
     for other in ("killed", "two"): assert (tmp_path/other/"samples.npz").read_bytes() == whole, other
 
@@ -106,7 +107,7 @@ def test_published_checkpoints_give_the_same_images(run, sample, tmp_path):
 
 def test_a_preset_and_what_overrides_it(run, sample, tmp_path):
     assert sample(out=tmp_path/"s", preset="paper-800ep", points=5, set=[["sampling.shift=0.5"]], n=3)[0] == 0
-    s = json.loads((tmp_path/"s"/"sample.json").read_text())["settings"]
+    s = json.loads((tmp_path/"s"/"sample.json").read_text(encoding="utf-8"))["settings"]
     assert (s["cfg_scale"], s["cfg_interval"], s["cfg_channels"], s["points"], s["shift"], s["n"]) == (6.7, [.125, 1.], 3, 5, .5, 3)
 
 @pytest.mark.parametrize("kw, message", [
@@ -138,7 +139,7 @@ def test_folders_and_files_that_do_not_belong(run, sample, tmp_path):
     refused("000000.safetensors and call the same command again", out=tmp_path/"s", n=4)
     chunk.unlink()
     assert sample(out=tmp_path/"s", n=4)[0] == 0 and npz.exists()
-    (tmp_path/"s"/"sample.json").write_text("{")
+    (tmp_path/"s"/"sample.json").write_text("{", encoding="utf-8")
     refused("is damaged", out=tmp_path/"s", n=4)
 
 def test_images_that_are_not_numbers_are_refused(run, sample, tmp_path):
@@ -156,9 +157,9 @@ def test_unusable_npz(arrays, message, tmp_path):
     with pytest.raises(DataError, match=message): load_samples(tmp_path/"x.npz")
 
 def test_options_with_dashes_and_no_torch_for_help():
-    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.sample; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.sample; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"], capture_output=True, text=True, encoding="utf-8")
     assert r.stdout.strip() == "[]", r.stderr
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--cfg-scale", "two"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--cfg-scale", "two"], capture_output=True, text=True, encoding="utf-8")
     assert r.returncode == 2 and "argument --cfg-scale: invalid float value" in r.stderr
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--run", "x", "--format", "gif"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--run", "x", "--format", "gif"], capture_output=True, text=True, encoding="utf-8")
     assert r.returncode == 2 and "invalid choice: 'gif'" in r.stderr

@@ -10,7 +10,7 @@ SMALL = ["--recipe", "smoke", "--device", "cpu", "--set", "tokenizer.ch=16", "to
          "evaluation.extractors=alexnet", "evaluation.images=40"]
 
 def train(*args, cwd=None):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args)], capture_output=True, text=True, cwd=cwd)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args)], capture_output=True, text=True, encoding="utf-8", cwd=cwd)
     return r.returncode, r.stdout, r.stderr
 
 def refused(*args, cwd=None):
@@ -47,7 +47,7 @@ def test_run_on_a_folder(run):
     assert "broken.jpg" in err and "1 of 61 images could not be decoded" in err
     x = np.load(out/"samples.npz")
     assert x["arr_0"].shape == (20, 32, 32, 3) and x["arr_0"].dtype == np.uint8 and set(x["labels"]) == {0, 1}
-    m = json.loads((out/"metrics.json").read_text())
+    m = json.loads((out/"metrics.json").read_text(encoding="utf-8"))
     assert all(np.isfinite(f["value"]) and f["n"] and f["extractor"] and f["reference"] for f in m["generation"]["fd"])
     assert {f["against"] for f in m["generation"]["fd"]} == {"train", "test"}
     assert load_config(out/"config.yaml").data.source.endswith("pets")
@@ -60,7 +60,7 @@ def test_done_stages_are_not_done_again_and_metrics_repeat(run, pets, tmp_path):
     assert times == {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
     code, _, err = train("--recipe", out/"config.yaml", "--out", tmp_path/"again")
     assert code == 0, err
-    a, b = (json.loads((d/"metrics.json").read_text()) for d in (out, tmp_path/"again"))
+    a, b = (json.loads((d/"metrics.json").read_text(encoding="utf-8")) for d in (out, tmp_path/"again"))
     for m in (a, b): del m["seconds"], m["provenance"]["commit"] # Somebody may commit meanwhile
     assert a == b
 
@@ -126,7 +126,7 @@ def test_the_tiny_recipe_reaches_its_quality(tmp_path):
     "The main job, whole: about ten minutes; bounds with room for another machine's rounding"
     code, text, err = train("--out", tmp_path/"tiny")
     assert code == 0, err
-    m = json.loads((tmp_path/"tiny"/"metrics.json").read_text())
+    m = json.loads((tmp_path/"tiny"/"metrics.json").read_text(encoding="utf-8"))
     rows = {(f["network"], f["images"], f["against"]): f["value"] for f in m["generation"]["fd"]}
     assert m["reconstruction"]["psnr"] > 28
     assert rows["efficientnet_lite0", "samples_unguided", "train"] < 566
@@ -135,5 +135,5 @@ def test_the_tiny_recipe_reaches_its_quality(tmp_path):
 
 @pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, text=True, env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, text=True, encoding="utf-8", env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
     assert r.returncode == 0 and "torch.compile failed" in r.stderr and (tmp_path/"run"/"metrics.json").exists(), r.stdout+r.stderr

@@ -6,7 +6,7 @@
 Only a time-out is retried (a kernel was seen to hang once in a while); a failing cell fails at once.
 A test's process is a copy of this one, which has imported what most notebooks import: a fresh state without the 6 s that it takes.
 """
-import argparse, importlib, os, signal, subprocess, sys, tempfile, time, warnings
+import argparse, importlib, json, os, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 from other_seed import shift_by_environment
 
@@ -51,10 +51,11 @@ def fork(job, path, *args):
     os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2)
     sys.exit(not job(path, *args))
 
-def run_all(job, paths, workers, timeout, *args):
-    "Run `job` on each path, a process each; yields (path, ok, seconds, of CPU, output) as they end"
+def run_all(job, paths, workers, timeout, end, *args):
+    "Run `job` on each path, a process each, none begun after `end`; yields (path, ok, seconds, of CPU, output) as they end"
     waiting, running = [(p, 1) for p in paths], {}
     while waiting or running:
+        if time.time() > end: waiting = []
         while waiting and len(running) < workers:
             path, attempt = waiting.pop(0)
             pid, log = fork(job, path, *args, timeout)
@@ -77,20 +78,27 @@ def main():
     p.add_argument("--flags", nargs="*", default=[], choices=FLAGS, help="run the cells flagged so, too")
     p.add_argument("--timeout", type=int, default=240, help="seconds a notebook may take (default: 240; slow: give more)")
     p.add_argument("--workers", type=int, default=2, help="notebooks at a time (default: 2)")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="begin no further notebook after so many minutes (default: no limit)")
+    p.add_argument("--report", type=Path, help="write there, as JSON, whether each passed, and its seconds")
     a = p.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace") # Whatever the locale: notebooks print formulas
     paths = [q.resolve() for q in a.notebooks] or sorted(q for q in (ROOT/"nbs").rglob("*.ipynb") if not q.name.startswith(("_", ".")))
     threads = str(max(1, (os.cpu_count() or 1)//min(a.workers, len(paths))))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     os.environ |= {"IN_TEST": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"} # Waiting threads that spin take the cores from the other notebook
     os.chdir(ROOT)
-    start, failed = time.time(), []
+    start, report = time.time(), {}
     if a.action == "test" and not Path("/dev/nvidiactl").exists(): # Where there is a GPU, fastai's import starts CUDA, which no copy could use
         with warnings.catch_warnings(action="ignore"):
             for name in COMMON: importlib.import_module(name)
-    for path, ok, secs, cpu, out in run_all(execute if a.action == "test" else execute_in_place, paths[::-1], a.workers, a.timeout, a.flags): # The last are the longest
+    job = execute if a.action == "test" else execute_in_place
+    for path, ok, secs, cpu, out in run_all(job, paths[::-1], a.workers, a.timeout, start+60*a.minutes, a.flags): # The last are the longest
         print(f"{'ok  ' if ok else 'FAIL'} {secs:6.1f} s ({cpu:5.1f} s of CPU)  {path.name}", flush=True)
-        if not ok: failed.append(path.name); print(out, flush=True)
-    print(f"{len(paths)-len(failed)} of {len(paths)} notebooks passed in {time.time()-start:.0f} s")
-    if failed: sys.exit("failed: " + ", ".join(sorted(failed)))
+        report[path.relative_to(ROOT).as_posix()] = dict(ok=ok, seconds=round(secs, 1))
+        if not ok: print(out, flush=True)
+    failed = sorted(name for name, r in report.items() if not r["ok"])
+    if a.report: a.report.write_text(json.dumps(report, indent=1))
+    print(f"{len(report)-len(failed)} of {len(paths)} notebooks passed in {time.time()-start:.0f} s" + (f", {len(paths)-len(report)} not begun" if len(report) < len(paths) else ""))
+    if failed: sys.exit("failed: " + ", ".join(failed))
 
 if __name__ == "__main__": main()

@@ -1,16 +1,22 @@
 """Another seed for everything random, by $OTHER_SEED: what holds only for the seeds that stand in notebooks and tests does not hold.
 
-Every whole number that seeds a generator of Python, numpy or torch in this process becomes another one: equal seeds stay equal, different ones different.
+Every whole number that seeds a generator of Python, numpy or torch becomes another one: equal seeds stay equal,
+different ones different.
+So it is in this process and in the Python processes that it starts, so that what both of them draw stays the same.
 """
 import os, random
+from pathlib import Path
+
+CHILDREN = str(Path(__file__).resolve().parent/"in_children")
 
 
 def shift_seeds(
     by:int, # 0: nothing is changed
 ):
     "Replace the ways to seed a generator by ones that seed it otherwise"
-    if not by: return
+    if not by or hasattr(random, "seeds_shifted"): return
     import numpy as np, torch
+    random.seeds_shifted = True # A second time would undo the first
     mask = by*0x9E3779B1 & 0x7FFFFFFF
     other = lambda seed: seed ^ mask if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) else seed
 
@@ -34,4 +40,10 @@ def shift_seeds(
     np.random.default_rng, np.random.seed, random.seed = map(shifted, (np.random.default_rng, np.random.seed, random.seed))
 
 
-def shift_by_environment(): shift_seeds(int(os.environ.get("OTHER_SEED") or 0))
+
+def shift_by_environment():
+    "By $OTHER_SEED, here and in children"
+    by = int(os.environ.get("OTHER_SEED") or 0)
+    shift_seeds(by)
+    folders = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f]
+    if by and CHILDREN not in folders: os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *folders])

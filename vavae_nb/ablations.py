@@ -18,6 +18,7 @@ from fastcore.script import Param
 from .commands import command, sections, user_errors
 from .config import Config, differences, flat, override
 from .core import ConfigError, DataError, VavaeError, atomic_write, spoken, unknown_name
+from .core import as_html, as_latex, as_markdown
 from .recipes import cifar10_name, recipe, recipes, scaled_steps
 
 # %% ../nbs/80_ablations.ipynb #0d584ce5
@@ -213,7 +214,7 @@ def result_of(
     "All that is known of a finished row, as JSON"
     import numpy as np
     from vavae_nb.tensors import load_tensors
-    m, state = json.loads((run/"metrics.json").read_text()), json.loads((run/"state.json").read_text())
+    m, state = json.loads((run/"metrics.json").read_text(encoding="utf-8")), json.loads((run/"state.json").read_text(encoding="utf-8"))
     std = load_tensors(run/"tokenizer.safetensors")[0]["latent_std"].square().mean().sqrt().item()
     tsne = np.load(run/"tsne.npy").astype(float).round(1).tolist() if (run/"tsne.npy").exists() else []
     return _head(row, cfg, scale) | dict(status="done", reconstruction=m["reconstruction"], generation=m["generation"], uniformity=m["uniformity"], latent_std=std,
@@ -226,7 +227,7 @@ def _head(row, cfg, scale):
 def _write(path, result): # Points on one line each
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({k: v for k,v in result.items() if k != "tsne"}, indent=1, default=vars)
-    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"], separators=(",", ":"))}' if result.get("tsne") else "")+"\n}\n")
+    with atomic_write(path) as tmp: tmp.write_text(text[:-2]+(f',\n "tsne": {json.dumps(result["tsne"], separators=(",", ":"))}' if result.get("tsne") else "")+"\n}\n", encoding="utf-8")
 
 def _picture(run, path, per_class=10): # The first samples of each class, a row each
     import numpy as np
@@ -243,7 +244,7 @@ def read_result(
     path:Path, # Of a result
 )->dict|None:  # None where there is none
     "A result; a file that is not one is refused"
-    try: result = json.loads(path.read_text())
+    try: result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
     except (ValueError, OSError) as e: raise DataError(f"{path} is no result ({e}); remove it, and the row is measured again") from None
     if not isinstance(result, dict) or result.get("status") not in ("done", "failed"): raise DataError(f"{path} is no result of an ablation; remove it, and the row is measured again")
@@ -434,6 +435,8 @@ def load_table(
         filled.append(Filled(row, row.name_at(scale), values, seeds, of[seeds[0]]["about"] if seeds else "", "; ".join(errors) or ("" if of else "not measured")))
     if measured := [r for of in kept.values() for r in of.values()]: notes += _common(measured)
     nets = list(dict.fromkeys(k for f in filled for k in f.values if k.startswith("FD ")))
+    if not nets: # Those that will be there
+        nets = [f"FD {n}" for n in configuration(tables[table].rows[0], scale).evaluation.extractors]
     return FilledTable(table, scale, filled, [c for column in tables[table].columns for c in (nets if column == "FD" else [column])], notes)
 
 # %% ../nbs/80_ablations.ipynb #453dfb7a
@@ -491,29 +494,38 @@ def table_cells(
         ranks.append(f"{spearmanr(*zip(*pairs)).statistic:+.2f} (n = {len(pairs)})".replace("-", "−") if len(pairs) > 2 and len({a for a,_ in pairs}) > 1 and len({b for _,b in pairs}) > 1 else "–")
     return header, rows if t.scale == "smoke" else [*rows, ranks+[""]*len(said)]
 
+def _markdown(title, header, rows, notes):
+    lines = ["| "+" | ".join(r)+" |" for r in (header, ["---"]*len(header), *rows)]
+    return [f"**{title}**", "", *lines, "", *(f"- {o}" for o in notes)]
+
+def _html(title, header, rows, notes):
+    def row(cells, tag): return "<tr>"+"".join(f"<{tag}>{c}</{tag}>" for c in cells)+"</tr>"
+    table = [row(header, "th"), *(row(r, "td") for r in rows)]
+    listed = ["<ul>", *(f"<li>{o}</li>" for o in notes), "</ul>"]
+    return [f"<table><caption>{title}</caption>", *table, "</table>", *listed]
+
+def _latex(title, header, rows, notes):
+    first, *lines = [" & ".join(r)+r" \\" for r in (header, *rows)]
+    columns = "l"+"r"*(len(header)-1)
+    table = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", first, r"\hline", *lines, r"\hline", r"\end{tabular}"]
+    return [r"\begin{table}", rf"\caption{{{title}}}", *table, *(f"% {o}" for o in notes), r"\end{table}"]
+
+_forms = {"markdown": (_markdown, as_markdown), "html": (_html, as_html), "latex": (_latex, as_latex)}
+
 def render(
     t:FilledTable,        # As loaded
     form:str="markdown",  # `markdown`, `html` or `latex`
 )->str:
-    "A filled table, its title, and its notes"
+    "A filled table, its title, and its notes; names, paths and errors in it are shown as they are"
+    if form not in _forms: raise ConfigError(unknown_name("form", form, _forms))
     header, rows = table_cells(t)
     about, stand_in = tables[t.name], scales[t.scale].prefix == "cifar10"
     title = f"{about.title}; scale {t.scale}: {scales[t.scale].about}"
     notes = [*(["the paper's figures are of ImageNet at 256×256 with its own tokenizers and foundation models; compare differences and order, not values"] if stand_in else []),
              *(f"{f.name}: {f.problem}" for f in t.rows if f.problem and f.seeds), *t.notes]
-    if form == "markdown":
-        lines = ["| "+" | ".join(r)+" |" for r in (header, ["---"]*len(header), *rows)]
-        return "\n".join([f"**{title}**", "", *lines, "", *(f"- {o}" for o in notes)])
-    if form == "html":
-        from html import escape
-        tr = lambda cells, tag: "<tr>"+"".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells)+"</tr>"
-        return "\n".join([f"<table><caption>{escape(title)}</caption>", tr(header, "th"), *(tr(r, "td") for r in rows), "</table>", "<ul>", *(f"<li>{escape(o)}</li>" for o in notes), "</ul>"])
-    if form == "latex":
-        tex = lambda s: s.replace("_", r"\_").replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--").replace("×", r"$\times$").replace("%", r"\%").replace("&", r"\&")
-        lines = [" & ".join(map(tex, r))+r" \\" for r in (header, *rows)]
-        return "\n".join([r"\begin{table}", rf"\caption{{{tex(title)}}}", rf"\begin{{tabular}}{{l{'r'*(len(header)-1)}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}",
-                          *(f"% {o}" for o in notes), r"\end{table}"])
-    raise ConfigError(unknown_name("form", form, ("markdown", "html", "latex")))
+    lay_out, written = _forms[form]
+    def every(texts): return [written(o) for o in texts]
+    return "\n".join(lay_out(written(title), every(header), list(map(every, rows)), every(notes)))
 
 # %% ../nbs/80_ablations.ipynb #ac116ac2
 def estimates(
@@ -523,31 +535,34 @@ def estimates(
     results:str|Path="results", # Where results are
     data:str="",         # As for `configuration`
     device:str="",       # The same
-)->list[tuple[str,int,str,float,float]]: # Name, seed, what there is, hours here, hours on an H800; of what is to be run
+)->tuple[list[tuple],str]: # Name, seed, what there is, hours here (alone, and as busy as now), hours on an H800; and what disturbs
     "What will run, what is already there, and the time that its arithmetic takes, at the speed of the first row's networks; a shared tokenizer counts once"
     from vavae_nb.plan import device_hours, paper_rate, plan, step_rates
     from vavae_nb.tensors import pick_device
-    out, known, here = [], set(), {}
+    out, known, here = [], set(), None
     for seed in seeds:
         for row in rows:
             cfg, found = configuration(row, scale, seed, data, device), read_result(result_path(results, row, scale, seed))
             if found and found["status"] == "done":
-                out.append((row.name_at(scale), seed, "done, with other settings" if other_settings(found, cfg) else "done", 0., 0.)); continue
+                out.append((row.name_at(scale), seed, "done, with other settings" if other_settings(found, cfg) else "done", (0., 0.), 0.)); continue
             p, key, here = plan(cfg), _hash(_settings(tokenizer_part(cfg))), here or step_rates(cfg, pick_device(cfg.device))
             shared = key in known
             if shared: p["stages"] = {k: v for k,v in p["stages"].items() if k not in ("tokenizer", "latents")}
             known.add(key)
-            out.append((row.name_at(scale), seed, "failed before, to run" if found else "to run"+", tokenizer shared"*shared, device_hours(p, here)["all"], device_hours(p, paper_rate())["all"]))
-    return out
+            state = "failed before, to run" if found else "to run"+", tokenizer shared"*shared
+            out.append((row.name_at(scale), seed, state, tuple(h["all"] for h in here.hours(p)), device_hours(p, paper_rate())["all"]))
+    return out, here.note() if here else ""
 
 # %% ../nbs/80_ablations.ipynb #c4372c7a
 def _describe(rows, scale, seeds, results, data, device): # For --dry-run
-    from vavae_nb.plan import _hours
-    found = estimates(rows, scale, seeds, results, data, device)
+    from vavae_nb.plan import hours_between
+    found, note = estimates(rows, scale, seeds, results, data, device)
+    here, there = [f[3] for f in found], [f[4] for f in found]
+    times = lambda h, g: f"{hours_between(*h):>19} {hours_between(g, g):>10}" if g else f"{'–':>19} {'–':>10}"
     width = max(len(f"{n}, seed {s}") for n,s,*_ in found)
-    lines = [f"scale {scale}: {scales[scale].about}", "", f"{'row':{width}}  {'this machine':>12} {'one H800':>10}  state"]
-    lines += [f"{f'{n}, seed {s}':{width}}  "+(f"{_hours(h):>12} {_hours(g):>10}" if h else f"{'–':>12} {'–':>10}")+f"  {what}" for n,s,what,h,g in found]
-    lines += [f"{'all':{width}}  {_hours(sum(f[3] for f in found)):>12} {_hours(sum(f[4] for f in found)):>10}", "", "arithmetic only, as of `python -m vavae_nb.train --dry-run`: starting, reading images and measuring come on top"]
+    lines = [f"scale {scale}: {scales[scale].about}", "", f"{'row':{width}}  {'this machine':>19} {'one H800':>10}  state"]
+    lines += [f"{f'{n}, seed {s}':{width}}  {times(h, g)}  {what}" for n,s,what,h,g in found]
+    lines += [f"{'all':{width}}  {times(tuple(map(sum, zip(*here))), sum(there))}", "", *([note] if note else []), "arithmetic only, as of `python -m vavae_nb.train --dry-run`: starting, reading images and measuring come on top"]
     return "\n".join(lines)
 
 def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, side by side, and what they finish
@@ -557,8 +572,9 @@ def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, sid
     paths = {result_path(results, r, scale, s) for s in seeds for r in rows}
     left = {p for p in paths if not ((r := read_result(p)) and r["status"] == "done")}
     print(f"{len(paths)-len(left)} of {len(paths)} are there; {n} jobs of {threads} threads, logs {logs}/job-*.log", flush=True)
-    total, files = len(left), [open(logs/f"job-{i}.log", "a") for i in range(n)]
-    work = [subprocess.Popen([sys.executable, "-m", "vavae_nb.ablations", *args, "--form", "none"], stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}) for f in files]
+    total, files = len(left), [open(logs/f"job-{i}.log", "a", encoding="utf-8") for i in range(n)]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VAVAE_NB_PARENT": str(os.getpid())} # They end when this process is gone
+    work = [subprocess.Popen([sys.executable, "-m", "vavae_nb.ablations", *args, "--form", "none"], stdout=f, stderr=subprocess.STDOUT, env=env) for f in files]
     try:
         while left:
             running = any(w.poll() is None for w in work)

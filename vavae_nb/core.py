@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'CheckpointError', 'ShapeError', 'LabelError', 'WriteError',
-           'Stopped', 'nearest_name', 'unknown_name', 'writing', 'atomic_write', 'sweep_temporary', 'sha256_file',
-           'cache_dir', 'keep_on_disk', 'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
+           'Stopped', 'nearest_name', 'unknown_name', 'one_line', 'as_label', 'quiet_glyphs', 'as_markdown', 'as_latex',
+           'as_html', 'writing', 'atomic_write', 'sweep_temporary', 'sha256_file', 'cache_dir', 'keep_on_disk',
+           'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
-import difflib, errno, hashlib, json, os, re, shutil, signal, stat, sys, tempfile, time
+import difflib, errno, functools, getpass, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time, unicodedata, warnings
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -59,6 +60,68 @@ def unknown_name(
     "The sentence for an unknown name: with the nearest known one if there is one, else with all of them"
     near = nearest_name(name, known)
     return f"unknown {kind} '{name}'" + (f"; did you mean '{near}'?" if near else f"; known: {', '.join(sorted(known))}")
+
+# %% ../nbs/00_core.ipynb #327c97f1
+_turning = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" # The direction of what follows
+
+def _visible(c):
+    "A character that ends no line, moves no cursor and can be encoded, in place of one that does not"
+    if c in _turning: return ""
+    kind = unicodedata.category(c)
+    if kind == "Cs": return "\ufffd" # Half a character: a byte of a file name that is not UTF-8
+    return " " if kind in ("Cc", "Zl", "Zp") else c
+
+def one_line(
+    text,       # Anything: a class's name, a path, an error
+    most:int=0, # Characters to keep, at least 3; 0: all
+)->str:
+    "A text on one line, without control characters; of a long one the middle is left out"
+    s = "".join(map(_visible, str(text)))
+    if not most or len(s) <= most: return s
+    return f"{s[:most//2]}…{s[most//2+1-most:]}"
+
+def as_label(
+    text,        # As for `one_line`
+    most:int=40, # As for `one_line`
+)->str:
+    "A text for a picture: matplotlib reads no mathematics in it, and shows it in a legend, too"
+    s = one_line(text, most).replace("$", r"\$")
+    return f" {s}" if s.startswith("_") or not s else s
+
+# %% ../nbs/00_core.ipynb #09060f1d
+@contextmanager
+def quiet_glyphs()->Iterator[None]:
+    "Draw characters that the font lacks as boxes, without a warning for each of them"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+# %% ../nbs/00_core.ipynb #371a1d21
+def _alone(c): return f"<span>&#{ord(c)};</span>"
+_as_markdown = {c: f"\\{c}" for c in "`*_[]|#~^@"} | {c: html.escape(c) for c in "&<>"} | {c: _alone(c) for c in "$\\"}
+_as_latex = {c: f"\\{c}" for c in "{}$&%#_"} | {
+    "[": "{[}", "]": "{]}", "*": "{*}", # \\* and \\[ mean something
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", '"': r"\symbol{34}", "`": r"\symbol{96}",
+    "±": r"$\pm$", "−": "$-$", "–": r"\textendash{}", "×": r"$\times$", "…": r"\ldots{}"}
+
+def as_markdown(
+    text, # As for `one_line`
+)->str:
+    "A text within a line or a table's cell of Markdown, where it is shown as it is"
+    return one_line(text).translate(str.maketrans(_as_markdown))
+
+def as_latex(
+    text, # As for `one_line`
+)->str:
+    "A text within a line or a table's cell of LaTeX, where it is set as it is"
+    return one_line(text).translate(str.maketrans(_as_latex)).replace("--", "-{}-") # Which would be one dash
+
+def as_html(
+    text, # As for `one_line`
+)->str:
+    "A text within an element of HTML, where it is shown as it is, also where MathJax looks for mathematics"
+    return html.escape(one_line(text)).replace("$", _alone("$")).replace("\\", _alone("\\"))
 
 # %% ../nbs/00_core.ipynb #0bbb4a66
 _system = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}
@@ -174,9 +237,23 @@ def sha256_file(
 def cache_dir(
     name:str="", # Sub-folder
 )->Path:         # An existing folder
-    "The folder for what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`"
+    "The folder for what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or, where that cannot be written, one for temporary files"
     p = _cache()/name
-    with writing(p): p.mkdir(parents=True, exist_ok=True)
+    try: p.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        if os.environ.get("VAVAE_NB_CACHE"): raise WriteError(_sentence(p, e.errno, e.strerror, ""), e.errno, e.strerror, str(p)) from None
+        p = _temporary_cache(e.strerror)/name
+        p.mkdir(parents=True, exist_ok=True)
+    return p
+
+@functools.cache
+def _temporary_cache(why): # The same for all processes of a user, and nobody else's
+    p = Path(tempfile.gettempdir())/f"vavae_nb-{getpass.getuser() if os.name == 'nt' else os.getuid()}"
+    p.mkdir(mode=0o700, exist_ok=True)
+    about = p.lstat()
+    theirs = os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022)
+    if theirs or not stat.S_ISDIR(about.st_mode): p = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
+    warnings.warn(f"{_cache()} cannot be written ({why}); what can be computed again is kept in {p} instead: point VAVAE_NB_CACHE at a folder to keep it longer")
     return p
 
 # %% ../nbs/00_core.ipynb #95a0ccb1

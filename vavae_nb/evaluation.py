@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
 from torch import Tensor
 from .config import load_config
-from .core import ConfigError, DataError, VavaeError, atomic_write, progress, read_json, unknown_name
+from .core import ConfigError, DataError, VavaeError, atomic_write, one_line, progress, read_json, unknown_name
 from .data import embedded, lazy_folder
 from .flow.sampler import evaluating
 from .generate import versions
@@ -104,12 +104,13 @@ def table(
     for f in e.figures:
         se = f["standard_error"]
         rows.append((f["metric"], f"{f['value']:.5g}", "" if se is None else f"{se:.2g}", str(f["n"]), f["reference"], _short(f["extractor"])))
+    rows = [tuple(map(one_line, r)) for r in rows] # Names of files may hold line ends and escape sequences
     width = [max(map(len, c)) for c in zip(*rows)]
     lines = ["  ".join(c.rjust(w) if 0 < i < 4 else c.ljust(w) for i,(c,w) in enumerate(zip(r, width))).rstrip() for r in rows]
     lines += [f"not measured: {o['metric']} ({o['reason']})" for o in e.omitted]
     lines += ["", *(f"extractor: {k}" for k in dict.fromkeys(f["extractor"] for f in e.figures) if k != "none"),
               *(f"{k}: {_listed(v)}" for k,v in e.about.items() if v not in (None, {}, "") and k != "device")]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 def _listed(v): return ", ".join(f"{k} {x}" for k,x in _flat(v)) if isinstance(v, dict) else str(v)
 
@@ -412,4 +413,4 @@ def compare(
         left.remove(g)
         lines.append(f"{f['metric']:20} {f['value']:12.5g} {g['value']:12.5g}   {_verdict(f, g)}")
     lines += [f"{g['metric']:20} {'–':>12} {g['value']:12.5g}   only in {names[1]} ({_short(g['extractor'])})" for g in left]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

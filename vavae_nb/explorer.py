@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 from .config import Sampling
-from .core import ConfigError, unknown_name
+from .core import ConfigError, as_label, quiet_glyphs, unknown_name
 from .data import embedded
 from .dit.model import LightningDiT
 from .flow.path import gaussian_velocity
@@ -59,7 +59,13 @@ class View:
         if self._seen: self.picture.value = self.png()
 
 # %% ../nbs/91_explorer.ipynb #0b7b121a
-def _pixels(fig): fig.canvas.draw(); return np.array(fig.canvas.buffer_rgba())[...,:3]
+def _pixels(fig):
+    with quiet_glyphs(): fig.canvas.draw()
+    return np.array(fig.canvas.buffer_rgba())[...,:3]
+
+def _said(control, value):
+    text = f"{value:g}" if isinstance(value, (int, float)) else as_label(value)
+    return f"{control.description} = {text}"
 
 @patch
 def at(self:View,
@@ -103,7 +109,7 @@ def strip(self:View,
     "The figure at some positions, one under the other; the controls are left as they were"
     before, rows = self.values, []
     for p in positions:
-        self.note.set_text(", ".join(f"{self.controls[k].description} = {v:g}" if isinstance(v, (int, float)) else f"{self.controls[k].description} = {v}" for k,v in p.items()))
+        self.note.set_text(", ".join(_said(self.controls[k], v) for k,v in p.items()))
         self.at(**p)
         rows.append(_pixels(self.fig))
     self.note.set_text("")
@@ -274,7 +280,7 @@ class Samples(View):
         self.guided = self.plain if cfg_scale == 1 else self.draw(cfg_scale=cfg_scale, cfg_interval=cfg_interval, **how)
         out = dict(contrast=self.guided.std()/self.plain.std(), moved=np.abs(self.guided.astype(float)-self.plain).mean())
         for im,x,name in zip(self.rows, (self.plain, self.guided), ("no guidance", f"scale {cfg_scale:g}, contrast ×{out['contrast']:.2f}")):
-            im.set_data(np.concatenate([*x], 1)); im.axes.set_title(f"{label}, {name}", fontsize=9)
+            im.set_data(np.concatenate([*x], 1)); im.axes.set_title(f"{as_label(label)}, {name}", fontsize=9)
         return out
 
 # %% ../nbs/91_explorer.ipynb #ea0c51de
@@ -334,5 +340,6 @@ class Density(View):
             p = kde_at_points(x)
             out |= {f"{side}_cv": density_cv(p), f"{side}_gini": gini(p), f"{side}_entropy": normalised_entropy(p)}
             dots.set_offsets(x/self.points[name].abs().max()); dots.set_array((p/p.mean()).numpy())
-            ax.set_title(f"{name}: CV {out[f'{side}_cv']:.3f}, Gini {out[f'{side}_gini']:.3f}", fontsize=9)
+            cv, spread = out[f"{side}_cv"], out[f"{side}_gini"]
+            ax.set_title(f"{as_label(name, 30)}: CV {cv:.3f}, Gini {spread:.3f}", fontsize=9)
         return out

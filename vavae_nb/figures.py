@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from .ablations import FilledTable, chosen_rows, figures, load_table, networks, read_result, result_path, scales, tables
 from .config import Config
-from .core import DataError
+from .core import DataError, as_label, quiet_glyphs
 from .metrics.uniformity import kde_at_points, plot_density
 from .plan import build_dit, build_tokenizer, data_counts
 from .tokenizer.foundation import foundation_cost
@@ -30,6 +30,7 @@ from .tokenizer.foundation import foundation_cost
 _colours = {"none": "tab:red", "dinov2": "tab:blue", "mae": "tab:orange"}
 def _vfm(row): return row.recipe.split("-")[1]
 def _legend(vfm, small): return {"none": "no VF loss", "dinov2": "VF loss, EfficientNet-Lite0" if small else "VF loss, DINOv2"}.get(vfm, f"VF loss, {vfm}")
+def _over(column): return f"FD over {as_label(networks.get(column[3:], column[3:]))}" # Of `figures`
 def _dim(f, t): return int(f.name.split("-")[0].split("d")[1])
 
 def _behind(ax): # Axes of the paper's points: grey, at the top and on the right
@@ -60,7 +61,7 @@ def picture(
 )->display.Image:           # For a notebook
     "A figure at a quarter of the size that a notebook would keep it at"
     buffer, out = io.BytesIO(), io.BytesIO()
-    fig.savefig(buffer, format="png")
+    with quiet_glyphs(): fig.savefig(buffer, format="png")
     plt.close(fig)
     im = Image.open(buffer).convert("RGB")
     if photographs: im.save(out, "JPEG", quality=80)
@@ -81,7 +82,7 @@ def plot_dilemma(
         grey.plot(d, [f.row.expect[theirs] for f in rows], "s--", c="0.75"); grey.set_ylabel(f"paper: {theirs}, d×{2 if scales[t.scale].prefix == 'cifar10' else 1}", color="0.6", fontsize=8); grey.set_xticks([])
         _points(ax, d, rows, c, c="tab:red")
         for f,x in zip(rows, d): ax.plot([x]*len(f.values[c]), f.values[c], ".", c="tab:red", alpha=.4)
-        ax.set(xlabel="latent channels d", ylabel="LPIPS, lower is better" if c == "LPIPS" else f"FD over {networks[c[3:]]}"); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2)
+        ax.set(xlabel="latent channels d", ylabel="LPIPS, lower is better" if c == "LPIPS" else _over(c)); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2)
         ax.set_xticks(d, d); ax.minorticks_off(); grey.minorticks_off(); grey.set_xticks([])
         ax.set_title("reconstruction" if c == "LPIPS" else "generation"+", the teacher as judge"*(c == "FD efficientnet_lite0"), fontsize=9)
     fig.tight_layout()
@@ -108,7 +109,7 @@ def plot_frontier(
             base = next((b for b in t.rows if b.row.name == f.row.against), None)
             if base and f.mean(c) is not None and base.mean(c) is not None: ax.annotate("", (f.mean("PSNR"), f.mean(c)), (base.mean("PSNR"), base.mean(c)), arrowprops=dict(arrowstyle="->", color="0.4", lw=.8))
         grey.set_xlabel("paper: PSNR", color="0.6", fontsize=8); grey.set_ylabel("paper: gFID (open: no VF loss)", color="0.6", fontsize=8)
-        ax.set(xlabel="PSNR of reconstructions, dB", ylabel=f"FD over {networks[c[3:]]}"); ax.legend(fontsize=7, loc="best")
+        ax.set(xlabel="PSNR of reconstructions, dB", ylabel=_over(c)); ax.legend(fontsize=7, loc="best")
     fig.tight_layout()
     return fig
 
@@ -131,7 +132,7 @@ def plot_convergence(
             _points(ax, [_trained(f, t) for f in rows], rows, c, c=_colours[vfm], label=_legend(vfm, small))
             for f in rows:
                 if "gFID" in f.row.expect: grey.plot([_trained(f, t)], [f.row.expect["gFID"]], "s", c="0.75", mfc="w" if vfm == "none" else "0.75")
-        ax.set(xlabel="steps of LightningDiT", ylabel=f"FD over {networks[c[3:]]}"); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2); grey.set_xlim(ax.get_xlim())
+        ax.set(xlabel="steps of LightningDiT", ylabel=_over(c)); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2); grey.set_xlim(ax.get_xlim())
         x = sorted({_trained(f, t) for f in t.rows if f.values})
         ax.set_xticks(x, x); ax.minorticks_off(); grey.set_xticks([]); grey.minorticks_off()
         grey.set_ylabel("paper: gFID at 160 epochs (open: no VF loss)", color="0.6", fontsize=8); ax.legend(fontsize=7)
@@ -154,7 +155,7 @@ def plot_sizes(
             rows, theirs = [f for f in t.rows if _vfm(f.row) == vfm and f.mean(c) is not None], [f for f in t.rows if _vfm(f.row) == vfm and "gFID" in f.row.expect]
             _points(ax, [size(f) for f in rows], rows, c, c=_colours[vfm], label=_legend(vfm, small))
             grey.plot([130e6, 458e6, 675e6][:len(theirs)], [f.row.expect["gFID"] for f in theirs], "s:", c="0.8", mfc="w" if vfm == "none" else "0.8")
-        ax.set(xlabel="parameters of LightningDiT", ylabel=f"FD over {networks[c[3:]]}", xscale="log"); grey.set_xscale("log")
+        ax.set(xlabel="parameters of LightningDiT", ylabel=_over(c), xscale="log"); grey.set_xscale("log")
         grey.set_xlabel("paper: parameters", color="0.6", fontsize=8); grey.set_ylabel("paper: gFID (open: no VF loss)", color="0.6", fontsize=8); ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
@@ -173,7 +174,7 @@ def plot_steps(
         at = [i for i,f in enumerate(t.rows) if f.values]
         ax.errorbar([f.mean(c) for f in rows], at, xerr=[f.spread(c) or 0 for f in rows], fmt="o-", capsize=3, c="tab:blue")
         for a in (ax, grey): a.set_ylim(len(t.rows)-.5, -.5)
-        ax.set_yticks(range(len(names)), names, fontsize=8); grey.set_yticks([]); ax.set_xlabel(f"FD over {networks[c[3:]]}")
+        ax.set_yticks(range(len(names)), names, fontsize=8); grey.set_yticks([]); ax.set_xlabel(_over(c))
     fig.tight_layout()
     return fig
 
@@ -203,8 +204,8 @@ def plot_predictors(
         for e in every.values(): ax.plot(e[k], e[judge], marks.get(e["dim"], "x"), c="0.5" if e["control"] else _colours[e["vfm"]], mfc="none" if e["control"] else None, ms=5)
         of = {d: [e for e in every.values() if e["dim"] == d] for d in sorted({e["dim"] for e in every.values()})}
         rho = lambda es: spearmanr([e[k] for e in es], [e[judge] for e in es]).statistic if len({e[k] for e in es}) > 1 else np.nan
-        ax.set_title(f"ρ = {rho(list(every.values())):+.2f} (n = {len(y)})\n"+", ".join(f"d={d} {rho(es):+.2f}" for d,es in of.items() if len(es) > 3), fontsize=8); ax.set_xlabel(k)
-    axs[0, 0].set_ylabel(f"FD over {networks[judge[3:]]}")
+        ax.set_title(f"ρ = {rho(list(every.values())):+.2f} (n = {len(y)})\n"+", ".join(f"d={d} {rho(es):+.2f}" for d,es in of.items() if len(es) > 3), fontsize=8); ax.set_xlabel(as_label(k))
+    axs[0, 0].set_ylabel(_over(judge))
     proxy = lambda label, mark, c, **kw: Line2D([], [], ls="", marker=mark, c=c, ms=5, label=label, **kw)
     kinds = [proxy(k, "o", _colours[v]) for k,v in (("no VF loss", "none"), ("VF loss", "dinov2")) if any(e["vfm"] == v for e in every.values())]+[proxy("controls", "o", "0.5", mfc="none")]
     fig.legend(handles=[*kinds, *(proxy(f"d = {d}", marks.get(d, "x"), "k") for d in sorted({e["dim"] for e in every.values()}))], ncols=6, loc="upper center", fontsize=8, frameon=False)
@@ -247,7 +248,8 @@ def draw_architecture(
     for k,(i,level,label) in at.items():
         if k not in s: continue
         ax.add_patch(FancyBboxPatch((column[i], row[level]), w, h, boxstyle="round,pad=.02", fc=fill[level], ec="0.4"))
-        ax.text(*side(k, .5, .5), f"{label}\n{s[k]}", ha="center", va="center", fontsize=7.5)
+        lines = f"{label}\n{s[k]}".split("\n")
+        ax.text(*side(k, .5, .5), "\n".join(as_label(l) for l in lines), ha="center", va="center", fontsize=7.5)
     def arrow(a, b, **kw): ax.add_patch(FancyArrowPatch(a, b, **dict(arrowstyle="->", mutation_scale=12, color="0.3") | kw))
     def says(k, text): arrow(side(k, 1.02, .5), side(k, 1.2, .5)); ax.text(*side(k, 1.22, .5), text, fontsize=8, va="center")
     for a,b in (("image", "encoder"), ("encoder", "posterior"), ("posterior", "decoder"), ("tokens", "blocks"), ("blocks", "velocity")): arrow(side(a, 1.02, .5), side(b, -.02, .5))
@@ -257,7 +259,7 @@ def draw_architecture(
         arrow(side("image", .5, 1.05), side("foundation", -.02, .5), connectionstyle="arc3,rad=-.2"); arrow(side("posterior", .5, 1.05), side("projection", .5, -.05))
         says("projection", f"VF loss\n$m_1$ = {cfg.vf.cos_margin:g}, $m_2$ = {cfg.vf.distmat_margin:g}, $w$ = {cfg.vf.weight:g}")
         arrow(side("foundation", .9, 1.05), side("projection", 1.2, .75), connectionstyle="arc3,rad=-.25")
-    ax.set(xlim=(-.1, 9.9), ylim=(-.1, 4.1)); ax.set_axis_off(); ax.set_title(cfg.recipe, fontsize=10)
+    ax.set(xlim=(-.1, 9.9), ylim=(-.1, 4.1)); ax.set_axis_off(); ax.set_title(as_label(cfg.recipe, 80), fontsize=10)
     return fig
 
 # %% ../nbs/81_figures.ipynb #9a41fd9d
@@ -275,7 +277,7 @@ def plot_samples(
         path = result_path(results, rows[name], scale, seed).with_suffix(".webp")
         if not path.exists(): raise DataError(f"{path} is not there: run python -m vavae_nb.ablations {rows[name].table} --scale {scale} --rows {name} --seeds {seed+1}")
         ax.imshow(np.asarray(Image.open(path))); ax.set_axis_off()
-        ax.set_title(name+"\n"+", ".join(f"FD over {networks[k[3:]]} {v:.0f}" for k,v in figures(read_result(path.with_suffix(".json"))).items() if k.startswith("FD ")), fontsize=8)
+        ax.set_title(name+"\n"+", ".join(f"{_over(k)} {v:.0f}" for k,v in figures(read_result(path.with_suffix(".json"))).items() if k.startswith("FD ")), fontsize=8)
     fig.tight_layout()
     return fig
 

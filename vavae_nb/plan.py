@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['vendor_peaks', 'build_tokenizer', 'build_dit', 'saved_bytes', 'forward_flops', 'data_counts', 'plan', 'memory',
-           'paper_rate', 'measured_rate', 'device_hours', 'step_rates', 'peak_rate', 'describe', 'recipe_table']
+           'paper_rate', 'measured_rate', 'device_hours', 'OtherWork', 'Rates', 'step_rates', 'peak_rate',
+           'hours_between', 'describe', 'recipe_table']
 
 # %% ../nbs/37_plan.ipynb #28e3ae25
-import functools, re, time
-from dataclasses import asdict, replace
+import functools, os, re, time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterable
-import torch, yaml
+import psutil, torch, yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .config import Config
@@ -182,20 +183,57 @@ def device_hours(
     return hours | {"all": sum(hours.values())}
 
 # %% ../nbs/37_plan.ipynb #2eda360c
-def _steady(step, flops, batch, seconds, device): # FLOP/s of `step(b)`, b up to `batch`, once it has warmed up
+class OtherWork:
+    "What other processes want of the cores while a block runs: `with OtherWork() as other: …`"
+    cores:float = 0.     # That they kept busy, on average
+    crowded:bool = False # Was there less than a core for each thread of this process?
+    def __enter__(self):
+        self.start = self._now()
+        return self
+    def __exit__(self, *_):
+        wall, machine, own = (b-a for a,b in zip(self.start, self._now()))
+        self.cores = max(0., machine-own)/wall
+        self.crowded = self.cores > .25 and self.cores+torch.get_num_threads() > os.cpu_count()+.1
+    def _now(self): # Seconds on the clock, of work on all cores, and of this process's own
+        idle = ("idle", "iowait", "guest", "guest_nice") # What guests do is counted twice
+        machine = sum(v for k,v in psutil.cpu_times()._asdict().items() if k not in idle)
+        return time.perf_counter(), machine, time.process_time()
+
+@dataclass(frozen=True)
+class Rates:
+    "What steps of a configuration's networks reach, FLOP/s by stage"
+    now:dict[str,float]   # As timed, beside whatever else the machine did
+    alone:dict[str,float] # If all threads had had a core all the time; as timed, where they had
+    others:float=0.       # Cores that other processes kept busy meanwhile
+
+    def hours(self,
+        p:dict, # Of `plan`
+    )->tuple[dict[str,float],dict[str,float]]: # Stage → hours, and `all`: alone, and as busy as now
+        "Hours on this machine"
+        return device_hours(p, self.alone), device_hours(p, self.now)
+
+    def note(self)->str: # Empty where nothing disturbed
+        "The sentence that explains why there are two times"
+        if self.alone == self.now: return ""
+        return (f"this machine is busy: other processes keep {self.others:.1f} of its {os.cpu_count()} cores; "
+                "of two times the first is about what it takes alone, the second as busy as now")
+
+def _steady(step, flops, batch, seconds, device):
+    "FLOP/s of `step(b)`, b up to `batch`, once it has warmed up; and the share of their time in which its threads had a core"
     b = 1
     try:
         while _seconds(lambda: step(b), device) and b < batch and _seconds(lambda: step(b), device) < seconds/8: b = min(2*b, batch)
     except torch.OutOfMemoryError: b = max(1, b//4)
-    n, took = 0, 0.
+    n, took, worked = 0, 0., time.process_time()
     while n < 2 or took < seconds/2: n, took = n+1, took+_seconds(lambda: step(b), device)
-    return n*b*flops/took
+    share = (time.process_time()-worked)/(took*torch.get_num_threads()) if device.type == "cpu" else 1.
+    return n*b*flops/took, min(1., share)
 
 def step_rates(
     cfg:Config,          # Its networks, batch sizes and precision
     device:torch.device, # Where
     seconds:float=10,    # For all of it, about
-)->dict[str,float]:      # Stage → FLOP/s
+)->Rates:
     "What steps of a configuration's own networks reach here; what is too large for the time is timed in part"
     each, size, bf16 = seconds/4, cfg.data.size, resolve_precision(device, cfg.precision) == "bf16"
     at_once = .2*measured_rate(device, torch.bfloat16 if bf16 else torch.float32)*each/8 # FLOPs that surely fit
@@ -215,9 +253,14 @@ def step_rates(
         return _steady(step, 3*flops, t.batch_size//t.accumulate, each, device)
     def asked(run, flops, batch):
         with torch.no_grad(), autocast(device, cfg.precision): return _steady(run, flops, batch, each, device)
-    return dict(tokenizer=trained(tok, reconstruction, image, tt, tt.precision or cfg.precision), latents=asked(reconstruction, image, cfg.evaluation.batch_size),
-                dit=trained(dit, velocity, flops_per_image(dit), d, cfg.precision), sample=asked(velocity, flops_per_image(dit), 2*cfg.evaluation.batch_size))
-
+    with OtherWork() as other:
+        found = dict(tokenizer=trained(tok, reconstruction, image, tt, tt.precision or cfg.precision),
+                     latents=asked(reconstruction, image, cfg.evaluation.batch_size),
+                     dit=trained(dit, velocity, flops_per_image(dit), d, cfg.precision),
+                     sample=asked(velocity, flops_per_image(dit), 2*cfg.evaluation.batch_size))
+    now = {k: rate for k,(rate,_) in found.items()}
+    alone = {k: rate/share for k,(rate,share) in found.items()}
+    return Rates(now, alone if other.crowded else now, other.cores)
 
 # %% ../nbs/37_plan.ipynb #59568eb5
 vendor_peaks = { # NVIDIA's data sheets, TFLOP/s, dense, fp32 accumulation: (bf16, TF32, fp32) by the name that the driver gives
@@ -241,6 +284,13 @@ def peak_rate(
 # %% ../nbs/37_plan.ipynb #71b60b2e
 def _hours(h): return f"{h*3600:.0f} s" if h < 1/30 else f"{h*60:.0f} min" if h < 1.5 else f"{h:,.1f} h" if h < 9.95 else f"{h:,.0f} h"
 
+def hours_between(
+    alone:float, # Hours on this machine with nothing else to do
+    now:float,   # As busy as it is; the same, where it is not
+)->str:
+    "A time, or two where they differ"
+    return _hours(now) if alone == now else f"{_hours(alone)}–{_hours(now)}"
+
 def describe(
     cfg:Config,        # What would be run
     seconds:float=10., # As for `step_rates`
@@ -248,7 +298,7 @@ def describe(
     "The complete configuration and what it takes, for `--dry-run`"
     p, device, tt, d = plan(cfg), pick_device(cfg.device), cfg.tokenizer_training, cfg.dit_training
     rates, r = step_rates(cfg, device, seconds), recipes.get(cfg.recipe)
-    here, there = device_hours(p, rates), device_hours(p, paper_rate())
+    (alone, here), there = rates.hours(p), device_hours(p, paper_rate())
     tok, dit, gb = p["tokenizer"], p["dit"], lambda m: f"{m['state']/1e9:.2f} GB of weights, gradients and optimizer + {m['kept']/1e9:.2f} GB of activations (fp32; about half in bf16)"
     plain = yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False, default_flow_style=None, width=150)
     lines = [f"{cfg.recipe}: {r.about}"+(f" ({r.source})" if r.source else "") if r else cfg.recipe, "", plain,
@@ -259,10 +309,10 @@ def describe(
     batch = dict(tokenizer=tt.batch_size, dit=d.batch_size)
     parts = lambda t: f" in {t.accumulate} parts"*(t.accumulate > 1) + ", activations computed again"*t.grad_checkpointing
     lines += [f"memory      {k}, batch {batch[k]}{parts(dict(tokenizer=tt, dit=d)[k])} on one device: {gb(m)}" for k,m in memory(cfg).items()]
-    lines += ["", f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>14}{'one H800':>12}"]
-    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{_hours(here[k]):>14}{_hours(there[k]):>12}" for k,v in p["stages"].items()]
-    lines += [f"{'all':39}{_hours(here['all']):>14}{_hours(there['all']):>12}", "",
-              f"this machine: what steps of these networks reached just now on {device}{f' with {torch.get_num_threads()} threads'*(device.type == 'cpu')} in {resolve_precision(device, cfg.precision)}: " + ", ".join(f"{k} {v/1e12:.2g}" for k,v in rates.items()) + " TFLOP/s",
+    lines += ["", f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>19}{'one H800':>12}"]
+    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{hours_between(alone[k], here[k]):>19}{_hours(there[k]):>12}" for k,v in p["stages"].items()]
+    lines += [f"{'all':39}{hours_between(alone['all'], here['all']):>19}{_hours(there['all']):>12}", "", *([rates.note()] if rates.note() else []),
+              f"this machine: what steps of these networks reached just now on {device}{f' with {torch.get_num_threads()} threads'*(device.type == 'cpu')} in {resolve_precision(device, cfg.precision)}: " + ", ".join(f"{k} {v/1e12:.2g}" for k,v in rates.now.items()) + " TFLOP/s",
               f"one H800: {paper_rate()/1e12:.0f} TFLOP/s, the authors' 284 images/s of LightningDiT-XL/1; the tokenizer in fp32 is slower than that",
               "estimates of arithmetic only: decoding images, writing and evaluating come on top"]
     if r and r.expect: lines += ["", "the paper reports " + ", ".join(f"{k.replace('guided_gFID', 'gFID with guidance')} {v:g}" for k,v in r.expect.items())]
@@ -276,11 +326,14 @@ def recipe_table(
     "Recipes with their cost and the paper's figures, for `--recipe list`"
     device = pick_device()
     here = step_rates(recipe("tiny"), device, 4)
-    shown = lambda h, least, most: _hours(h) if least < h < most else "–" # Launching kernels, not arithmetic, is what a GPU would wait for; and nobody waits for a century
-    lines = [f"{'recipe':44}{'in the paper':20}{'one H800':>11}{'this machine':>14}  what; what the paper reports"]
+    shown = lambda h, least, most: _hours(h) if least < h < most else "–" # Launching kernels, not arithmetic, is what a GPU would wait for
+    def shown_here(p): # Nobody waits for a century
+        alone, now = (h["all"] for h in here.hours(p))
+        return hours_between(alone, now) if now < 1e4 else "–"
+    lines = [f"{'recipe':44}{'in the paper':20}{'one H800':>11}{'this machine':>19}  what; what the paper reports"]
     for name,r in ((k, recipes[k]) for k in names):
         p, expect = plan(r.config), ", ".join(f"{k} {v:g}" for k,v in r.expect.items() if k in ("gFID", "guided_gFID", "rFID"))
-        lines.append(f"{name:44}{r.source:20}{shown(device_hours(p, paper_rate())['all'], .1, 1e6):>11}{shown(device_hours(p, here)['all'], 0, 1e4):>14}  {r.about}{'; '+expect if expect else ''}")
-    return "\n".join([*lines, "", "Start one with --recipe NAME; see its settings and the arithmetic of its cost with --recipe NAME --dry-run.",
+        lines.append(f"{name:44}{r.source:20}{shown(device_hours(p, paper_rate())['all'], .1, 1e6):>11}{shown_here(p):>19}  {r.about}{'; '+expect if expect else ''}")
+    return "\n".join([*lines, "", *([here.note()] if here.note() else []), "Start one with --recipe NAME; see its settings and the arithmetic of its cost with --recipe NAME --dry-run.",
                       f"one H800: all stages at the speed of the authors' code, {paper_rate()/1e12:.0f} TFLOP/s; this machine: at the speed of steps of tiny's networks, timed now.",
                       "cifar10-… train on 32×32 images, the embedded ones by default; they compare rows with each other, not with the paper's figures."])

@@ -11,7 +11,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from fastcore.script import Param
 from .commands import command, given_settings, process, sections, user_errors
-from .config import Config, load_config, override
+from .config import Config, check_settings, load_config, override
 from .core import ConfigError
 from .recipes import recipe as get_recipe
 from .recipes import run_name, scaled_steps
@@ -31,7 +31,9 @@ def configuration(
     changes = {"data.source": data and str(Path(data).expanduser()), "seed": seed, "foundation.name": vf, "device": device}
     changes = {k: v for k,v in changes.items() if v is not None}
     if steps is not None: changes |= _of_length(cfg, steps)
-    return override(cfg, changes | (settings or {}))
+    cfg = override(cfg, changes | (settings or {}))
+    check_settings(cfg)
+    return cfg
 
 def _of_length(cfg, steps): # Both trainings
     if steps < 1: raise ConfigError(f"--steps takes a number of at least 1, got {steps}")
@@ -79,4 +81,4 @@ def main(
             print(f"run folder: {folder}", flush=True)
             run = run_stages(cfg, folder, stage, force, stop)
             if "evaluate" in run.state: print("\n"+summary(run))
-            print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("*.png"))))
+            print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("[!.]*.png"))))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from ..core import ConfigError, atomic_write
 from ..data import Images, first_of_each
+from ..generate import picture
 from ..metrics.latents import latent_report
 from ..metrics.quality import psnr
 from ..processes import is_first
@@ -110,8 +111,10 @@ class LatentDashboard(Callback):
         row = tokenizer_report(get_model(self.model), self.images, self.features, seed=self.seed)
         self.history.append(dict(step=step) | row)
         if self.log: self.log.write(step, start-self.start, row)
-        if self.picture:
+        if self.picture: self._draw()
+        self.seconds += time.time()-start
+    def _draw(self):
+        with picture(self.picture):
             fig = plot_dashboard(self.history)
             with atomic_write(self.picture) as tmp: fig.savefig(tmp, dpi=110)
             plt.close(fig)
-        self.seconds += time.time()-start

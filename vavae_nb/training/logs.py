@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
 from torch import Tensor
-from ..core import ConfigError, DataError, atomic_write, progress, writing
+from ..core import ConfigError, DataError, as_label, atomic_write, progress, writing
 from ..processes import is_first, sum_over, world_size
 from .callbacks import log_terms
 
@@ -229,7 +229,7 @@ class _Plain(LogFormatter): # 0.6 where it says 6e-01
 def _draw(ax, title, terms): # One panel
     for i,(k,points) in enumerate(terms.items()):
         at = ax.twinx() if k == "mfu" else ax
-        at.plot(*zip(*points), color="0.2" if k == "loss" else f"C{i}", lw=1 if k == "loss" else 1.3, ls="--" if k == "mfu" else "-", marker="o" if len(points) < 6 else None, ms=3, label=k.removeprefix("loss/").removeprefix("valid/"))
+        at.plot(*zip(*points), color="0.2" if k == "loss" else f"C{i}", lw=1 if k == "loss" else 1.3, ls="--" if k == "mfu" else "-", marker="o" if len(points) < 6 else None, ms=3, label=as_label(k.removeprefix("loss/").removeprefix("valid/")))
         if at is not ax: at.yaxis.set_major_formatter(PercentFormatter(1)); at.set_ylim(0); at.tick_params(labelsize=7, colors=f"C{i}")
     if title in _logarithmic:
         positive = all(v > 0 for p in terms.values() for _,v in p)
@@ -250,7 +250,7 @@ def plot_history(
     rows = {s: math.ceil(len(p)/4) for s,p in found.items()} # At most 4 in a row
     fig = plt.figure(figsize=(10, 2.*sum(rows.values())+.3*len(rows)), dpi=100, layout="constrained")
     for part,(stage,panels) in zip(fig.subfigures(len(rows), 1, height_ratios=[*rows.values()], squeeze=False).flat, found.items()):
-        part.suptitle(f"{stage}, against steps", fontsize=9, fontweight="bold")
+        part.suptitle(f"{as_label(stage)}, against steps", fontsize=9, fontweight="bold")
         axs = list(part.subplots(rows[stage], math.ceil(len(panels)/rows[stage]), squeeze=False).flat)
         for ax,(title,terms) in zip(axs, panels.items()): _draw(ax, title, terms)
         for ax in axs[len(panels):]: ax.axis("off")

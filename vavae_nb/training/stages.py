@@ -12,17 +12,17 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
-from torch import Tensor
-from ..checkpoints import Checkpoints, RunLock, StopSignals
-from ..config import Config, differences, flat, load_config, save_config
-from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, unknown_name
+from torch import Tensor, nn
+from ..checkpoints import Checkpoints, RunLock, StopSignals, refuse_links
+from ..config import Config, check_settings, differences, flat, load_config, save_config
+from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, read_json, sweep_temporary, unknown_name
 from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, compile_blocks, count_params, flops_per_image
 from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
-from ..generate import SampleSet, draw_chunks, finish, generate_images, save_grid, settings_of, versions
+from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, picture, save_grid, settings_of, versions
 from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, psnr
@@ -43,6 +43,10 @@ from .tokenizer import tokenizer_learner, tokenizer_phases
 stages = ("tokenizer", "latents", "dit", "sample", "evaluate")
 _free = ("device", "compile", "saving.", "tokenizer_training.accumulate", "tokenizer_training.grad_checkpointing", "dit_training.accumulate", "dit_training.grad_checkpointing")
 
+def _state(folder): # Of its finished stages
+    damaged = "restore it from a copy, or remove it: the stages are then done again, trainings from their checkpoints"
+    return read_json(folder/"state.json", damaged, error=CheckpointError) if (folder/"state.json").exists() else {}
+
 class Run:
     "A run folder: configuration, data, device, and the record of finished stages"
     def __init__(self,
@@ -51,6 +55,7 @@ class Run:
         stop:StopSignals|None=None, # Says when a training is to save and stop
     ):
         self.cfg,self.out,self.device,self.stop = cfg,Path(out),pick_device(cfg.device),stop
+        refuse_links(self.out)
         kept = self.out/"config.yaml"
         if kept.exists() and self.begun: # A folder in which nothing is done yet may take another configuration
             if changed := {k: v for k,v in differences(load_config(kept), cfg).items() if not k.startswith(_free)}:
@@ -65,16 +70,23 @@ class Run:
     def data(self)->tuple[Images,Images]:
         with first_alone(): return load_data(self.cfg.data.source, self.cfg.data.size, self.cfg.data.limit, self.cfg.data.cache)
     @property
-    def state(self)->dict: return json.loads((self.out/"state.json").read_text()) if (self.out/"state.json").exists() else {}
+    def state(self)->dict: return _state(self.out)
     @property
     def begun(self)->bool: return bool(self.state) or any((self.out/"checkpoints").glob("*/step-*.json"))
     def record(self, stage, **what): self._write(self.state | {stage: what})
-    def forget(self, stage): # And what was made from it
+    def forget(self, stage): # And what was made from it; a kill on the way leaves stages that are done, not some that go on from what is to go
         later = stages[stages.index(stage):]
-        self._write({k: v for k,v in self.state.items() if k not in later})
         if is_first():
             for folder in (*(self.checkpoints(s).folder for s in later), self.out/"drawn"): shutil.rmtree(folder, ignore_errors=True)
-        wait()
+        self._write({k: v for k,v in self.state.items() if k not in later})
+    def tidy(self): # What a stage goes on from is of no use once the stage is recorded; not before, and again at each start
+        if not is_first(): return
+        trained = dict(tokenizer=sum(t.steps for _,t in tokenizer_phases(self.cfg.vf, self.cfg.tokenizer_training)), dit=self.cfg.dit_training.steps)
+        for stage,steps in trained.items():
+            if stage in self.state: self.checkpoints(stage).finish(steps)
+        if "sample" in self.state: shutil.rmtree(self.out/"drawn", ignore_errors=True)
+    def check(self): # Between two pieces of work: was the run asked to stop?
+        if self.stop: self.stop.check()
     def _write(self, state):
         wait() # Until all have read what there was
         if is_first():
@@ -88,8 +100,9 @@ class Run:
         return path
     def autocast(self): return autocast(self.device, self.cfg.precision)
     def tokenizer(self): return Autoencoder.load(self.file("tokenizer.safetensors", "tokenizer")).to(self.device).eval()
-    def grid(self, *args): # A picture, by the first process
-        if is_first(): save_grid(*args)
+    def grid(self, rows, names, path, title): # A picture, by the first process
+        if not is_first(): return
+        with picture(path): save_grid(rows, names, path, title)
 
 # %% ../../nbs/53_training.stages.ipynb #63a65aa7
 def check_names(
@@ -99,6 +112,7 @@ def check_names(
     ddpm, when = cfg.dit_training.path == "ddpm", ("auto", "always", "never")
     known = {"dit_training.path": (*paths, "ddpm"), "dit_training.prediction": predictions, "dit_training.times": time_dists,
              "sampling.solver": ddpm_methods if ddpm else (*solvers, "sde"), "data.cache": when, "foundation.cache": when, "foundation.control": ("", "shuffled", "lowpass"),
+             "foundation.normalize": ("model", "none"), "vf.project": ("latent", "features"), "tokenizer.start": ("torch", "linear"),
              "tokenizer_training.schedule": ("constant", "cosine"), "dit_training.schedule": ("constant", "cosine"), "precision": precisions,
              "tokenizer_training.precision": ("", *precisions), "tokenizer.normalize": ("channel", "global", *_factor(cfg.tokenizer.normalize))}
     settings = flat(cfg)
@@ -123,22 +137,39 @@ def run_stages(
 )->Run:
     "Do the stages of a run that are not done yet, from where they were stopped"
     if only not in ("all", *stages): raise ConfigError(unknown_name("stage", only, ("all", *stages)))
+    check_settings(cfg)
     check_names(cfg)
     with RunLock(out) if is_first() else nullcontext():
+        if is_first(): sweep_temporary(out, age=0, deep=True) # All of dead processes: this one has the lock, and the others wait in Run
         run = Run(cfg, out, stop)
         wanted = stages if only == "all" else (only,)
-        if "dit" in wanted and "dit" not in run.state: build_dit(cfg, len(run.data[0].classes), depth=1) # Sizes that do not fit are refused before anything is trained
+        if "dit" not in run.state: _rehearse(run)
         if force: run.forget(wanted[0])
+        run.tidy()
         for stage in wanted:
-            if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s"); continue
-            print(f"{stage}: {globals()[f'run_{stage}'].__doc__}", flush=True)
-            seed_everything(cfg.seed)
-            start = time.time()
-            try: notes = globals()[f"run_{stage}"](run) or {}
-            finally:
-                if stage in ("tokenizer", "dit"): _curves(run) # Also of a training that was stopped
-            run.record(stage, **dict(seconds=round(time.time()-start, 1)) | notes)
+            if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s")
+            else: _do(run, stage)
     return run
+
+def _do(run, stage):
+    "One stage: its work, then its record, and only then the removal of what it went on from"
+    work, start = globals()[f"run_{stage}"], time.time()
+    run.check()
+    print(f"{stage}: {work.__doc__}", flush=True)
+    seed_everything(run.cfg.seed)
+    try:
+        notes = work(run) or {}
+        run.record(stage, **dict(seconds=round(time.time()-start, 1)) | notes)
+        run.tidy()
+    finally:
+        if stage in ("tokenizer", "dit"): _curves(run) # Also of a training that was stopped
+    run.check()
+
+def _rehearse(run):
+    "Ask for no images of a network of one block: sizes and settings that do not fit are refused as they would be after the training"
+    model = build_dit(run.cfg, len(run.data[0].classes), depth=1).eval()
+    for guided in _sets(run.cfg).values():
+        next(image_batches(model, nn.Identity(), torch.empty(0, dtype=torch.long), run.cfg.sampling, guided=guided, **_how(run) | dict(device="cpu")), None)
 
 # %% ../../nbs/53_training.stages.ipynb #ae8833cf
 def _first_tokenizer(cfg):
@@ -219,9 +250,7 @@ def run_tokenizer(run:Run)->dict:
         learn, began = _train(run, "tokenizer", make, training, phase=i, first=done, state=state, began=began, name="tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}",
                               flops=flops, look=look, measure=measure, precision=_precision(run), cbs=board)
         done, before, state = done+training.steps, learn.loss_func, None
-    if is_first():
-        tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
-        if phases: run.checkpoints("tokenizer").finish()
+    if is_first(): tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
     return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key) | {"dashboard_seconds": round(b.seconds, 1) for b in board} | (dict(seconds=round(began+seconds, 1)) if phases else {})
 
 @torch.no_grad()
@@ -251,7 +280,7 @@ def run_latents(run:Run)->dict:
         record_statistics(tok, folder, seed=run.cfg.seed, normalize=run.cfg.tokenizer.normalize)
         tok.save(path, load_tensors(path)[1]["meta"]) # As trained, now with the statistics
     wait()
-    latents = load_latents(folder, run.tokenizer())
+    latents = load_latents(folder, run.tokenizer(), check=False) # Just written, or just looked at
     return dict(images=len(latents), shape=list(latents.shape), shards=len(latents.shards))
 
 # %% ../../nbs/53_training.stages.ipynb #ae5ff0e3
@@ -259,7 +288,7 @@ def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
     run.file("latents", "latents")
-    latents = load_latents(_shards(run, tok, replace=False), tok)
+    latents = load_latents(_shards(run, tok, replace=False), tok, check=False)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
     if cfg.compile: compile_blocks(model.to(run.device).train(), t.batch_size//(world_size()*t.accumulate), cfg.precision)
@@ -276,9 +305,7 @@ def run_dit(run:Run)->dict:
     _, state, began = _found(run, "dit")
     learn, seconds = _train(run, "dit", lambda **kw: dit_learner(model, latents, seed=cfg.seed, **kw), t, state=state, began=began, name="LightningDiT", flops=3*flops_per_image(model),
                             look=look, measure=measure, precision=cfg.precision)
-    if is_first():
-        model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
-        run.checkpoints("dit").finish()
+    if is_first(): model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
     return dict(parameters=count_params(model), seconds=round(seconds, 1))
 
 def _held_out(run, tok, n=256): # Latents of test images, and their labels
@@ -316,11 +343,11 @@ def run_sample(run:Run)->dict:
         draw_chunks(samples, model, tok, cfg.sampling, rank=rank(), world_size=world_size(), guided=guided, **_how(run))
         wait()
         if is_first():
-            shutil.move(finish(samples, ["npz"])[0], run.out/f"{name}.npz")
+            os.replace(finish(samples, ["npz"])[0], run.out/f"{name}.npz")
             first = labels < 12
             _class_grid(run, np.load(run.out/f"{name}.npz")["arr_0"][first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
+        run.check()
     wait()
-    if is_first(): shutil.rmtree(run.out/"drawn")
     return dict(images=len(_sets(cfg))*len(labels))
 
 # %% ../../nbs/53_training.stages.ipynb #13a6d92c
@@ -393,24 +420,29 @@ def _uniformity(run):
     points = tsne_2d(v, seed, perplexity)
     p = kde_at_points(points)
     with atomic_write(run.out/"tsne.npy") as tmp: np.save(tmp, points.numpy())
-    ax = plot_density(points, p); ax.set_title(f"t-SNE of {n} latent vectors"); ax.figure.tight_layout()
-    with atomic_write(run.out/"tsne.png") as tmp: ax.figure.savefig(tmp, dpi=110)
-    plt.close(ax.figure)
+    with picture(path := run.out/"tsne.png"):
+        ax = plot_density(points, p)
+        ax.set_title(f"t-SNE of {n} latent vectors")
+        ax.figure.tight_layout()
+        with atomic_write(path) as tmp: ax.figure.savefig(tmp, dpi=110)
+        plt.close(ax.figure)
     return dict(density_cv=density_cv(p), gini=gini(p), normalised_entropy=normalised_entropy(p), knn_distance_cv=knn_distance_cv(v), n=n,
                 perplexity=perplexity, runs=1, seed=seed)
 
 def _curves(run): # Of all trainings so far
-    if not is_first() or not (run.out/"log.csv").exists() or not any("loss" in t for t in read_log(run.out/"log.csv").values()): return
-    fig = plot_history(run.out/"log.csv")
-    with atomic_write(run.out/"curves.png") as tmp: fig.savefig(tmp)
-    plt.close(fig)
+    if not is_first() or not (run.out/"log.csv").exists(): return
+    with picture(path := run.out/"curves.png"):
+        if not any("loss" in terms for terms in read_log(run.out/"log.csv").values()): return
+        fig = plot_history(run.out/"log.csv")
+        with atomic_write(path) as tmp: fig.savefig(tmp)
+        plt.close(fig)
 
 # %% ../../nbs/53_training.stages.ipynb #be03208c
 def summary(
     run:Run, # With all stages done
 )->str:
     "What was measured, and what it means at this scale"
-    m = json.loads((run.out/"metrics.json").read_text())
+    m = read_json(run.out/"metrics.json", "make it again with --stage evaluate --force")
     r, u, near = m["reconstruction"], m["uniformity"], m["generation"]["nearest"]
     lines = [f"reconstruction of {r['n']} test images: PSNR {r['psnr']:.2f} dB, SSIM {r['ssim']:.3f}, LPIPS {r['lpips']:.3f}", "",
              "Fréchet distance (lower is better)        against train   against test"]
@@ -441,7 +473,7 @@ def adopt_tokenizer(
     theirs = Path(other)
     if changed := [k for k in differences(load_config(theirs/"config.yaml"), cfg) if k.startswith(_of_tokenizers) and not k.startswith(_free)]:
         raise ConfigError(f"{theirs} cannot lend its tokenizer to a run of other settings: {', '.join(changed)}")
-    done = json.loads((theirs/"state.json").read_text()) if (theirs/"state.json").exists() else {}
+    done = _state(theirs)
     if missing := [s for s in stages[:2] if s not in done]: raise CheckpointError(f"{theirs} has no {missing[0]} yet: run the stage '{missing[0]}' there first")
     with RunLock(out):
         run = Run(cfg, out)
@@ -449,7 +481,8 @@ def adopt_tokenizer(
         for file in (theirs/"tokenizer.safetensors", *sorted((theirs/"latents").iterdir())):
             to = run.out/file.relative_to(theirs)
             to.parent.mkdir(exist_ok=True)
-            to.unlink(missing_ok=True)
-            try: os.link(file, to)
-            except OSError: shutil.copy(file, to)
+            with atomic_write(to) as tmp:
+                tmp.unlink() # A link to the file, or else a copy of it, takes its name
+                try: os.link(file, tmp)
+                except OSError: shutil.copy(file, tmp)
         for stage in stages[:2]: run.record(stage, **done[stage] | dict(taken_from=str(theirs)))

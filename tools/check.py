@@ -1,0 +1,44 @@
+"""What `make test` does: all notebooks, all tests, then some of both as other machines would run them; and at the end everything that failed, with the command that repeats it.
+
+    python tools/check.py [--minutes 14]
+
+The three settings that differ most for their price are tried on the notebooks that train. The minutes that are left go to one more setting, another one each day, on the other notebooks.
+`make test-portable` tries all settings on everything (tools/portable.py).
+"""
+import argparse, datetime, sys, time
+from pathlib import Path
+from portable import ROOT, SETTINGS, repeat, run_notebooks, run_tests
+
+TRAINING = ("50_training", "51_training", "52_training", "53_training", "70_stability", "71_memory") # The beginnings of their names
+CHEAPEST = ("signals-ignored", "seed-1", "aten-default")
+
+
+def of_the_day():
+    "Another setting each day, of those that are not tried anyway"
+    others = [s for s in SETTINGS if s not in ("as-it-is", *CHEAPEST)]
+    return others[datetime.date.today().toordinal() % len(others)]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=14, help="begin no notebook in the setting of the day after so many minutes (default: 14)")
+    a = p.parse_args()
+    start = time.time()
+    notebooks = sorted(q.relative_to(ROOT).as_posix() for q in (ROOT/"nbs").glob("*.ipynb"))
+    training = [n for n in notebooks if Path(n).name.startswith(TRAINING)]
+    results = {"as-it-is": dict(run_notebooks(SETTINGS["as-it-is"]))}
+    results["as-it-is"] |= run_tests(SETTINGS["as-it-is"])[0]
+    for name in CHEAPEST:
+        print(f"\nthe notebooks that train, in the setting {name}: {SETTINGS[name].stands_for}", flush=True)
+        results[name] = run_notebooks(SETTINGS[name], training)
+    name, left = of_the_day(), a.minutes-(time.time()-start)/60
+    if left > 0:
+        print(f"\nthe setting of the day, {name}: {SETTINGS[name].stands_for}", flush=True)
+        results[name] = run_notebooks(SETTINGS[name], [n for n in notebooks if n not in training], left)
+    failed = [(one, setting) for setting, passed in results.items() for one, ok in passed.items() if not ok]
+    print(f"\n{sum(map(len, results.values()))-len(failed)} passed, {len(failed)} failed in {(time.time()-start)/60:.0f} minutes")
+    for one, setting in failed: print(f"failed{f' in the setting {setting}' if setting != 'as-it-is' else ''}: {repeat(one, setting)}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__": main()
