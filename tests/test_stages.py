@@ -133,3 +133,23 @@ def test_a_number_that_no_stage_could_use(setting):
 def test_what_a_later_stage_would_refuse_is_refused_first(out, changes):
     with pytest.raises(VavaeError): run_stages(override(CONFIG, changes), out)
     assert not (out/"tokenizer.safetensors").exists() and not (out/"log.csv").exists()
+
+def flip(path): # One bit, in the middle
+    raw = bytearray(path.read_bytes())
+    raw[len(raw)//2] ^= 1
+    path.write_bytes(raw)
+
+def test_a_flipped_bit_in_latents_is_made_again(whole, out):
+    shutil.copytree(whole/"run", out)
+    shard = out/"latents"/"latents_rank00_shard000.safetensors"
+    before = shard.read_bytes()
+    flip(shard)
+    run = Run(CONFIG, out)
+    with pytest.warns(UserWarning, match="is not what was written.*it is extracted again"): stages._make_shards(run, run.tokenizer(), (0, 1))
+    assert shard.read_bytes() == before
+
+@pytest.mark.parametrize("name,stage", [("dit.safetensors", "sample"), ("tokenizer.safetensors", "sample")])
+def test_a_flipped_bit_in_a_model_is_refused(whole, out, name, stage):
+    shutil.copytree(whole/"run", out)
+    flip(out/name)
+    with pytest.raises(CheckpointError, match=name): run_stages(CONFIG, out, stage)

@@ -22,7 +22,7 @@ from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
-from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, picture, save_grid, settings_of, versions
+from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, load_samples, picture, save_grid, settings_of, versions
 from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, psnr
@@ -266,11 +266,15 @@ def reconstruct(
     return out
 
 # %% ../../nbs/53_training.stages.ipynb #033caa2f
-def _shards(run, tok, replace): # The folder of latents, in which what is missing or damaged has been made again
-    cfg, folder = run.cfg, run.out/"latents"
-    extract_shards(tok, run.data[0], folder, seed=cfg.seed, batch_size=cfg.evaluation.batch_size, share=(rank(), world_size()), precision=cfg.precision, replace=replace)
+def _shards(run, tok, replace=False):
+    "The folder of latents, in which all processes together have made again what is missing or damaged"
+    _make_shards(run, tok, (rank(), world_size()), replace)
     wait()
-    return folder
+    return run.out/"latents"
+
+def _make_shards(run, tok, share, replace=False):
+    how = dict(seed=run.cfg.seed, batch_size=run.cfg.evaluation.batch_size, precision=run.cfg.precision)
+    extract_shards(tok, run.data[0], run.out/"latents", share=share, replace=replace, **how)
 
 def run_latents(run:Run)->dict:
     "encode both flips of every training image and take the latent statistics"
@@ -288,7 +292,7 @@ def run_dit(run:Run)->dict:
     "train LightningDiT on the latents"
     cfg, tok = run.cfg, run.tokenizer()
     run.file("latents", "latents")
-    latents = load_latents(_shards(run, tok, replace=False), tok, check=False)
+    latents = load_latents(_shards(run, tok), tok, check=False)
     t, n_classes = cfg.dit_training, len(run.data[0].classes)
     model = build_dit(cfg, n_classes)
     if cfg.compile: compile_blocks(model.to(run.device).train(), t.batch_size//(world_size()*t.accumulate), cfg.precision)
@@ -345,7 +349,7 @@ def run_sample(run:Run)->dict:
         if is_first():
             os.replace(finish(samples, ["npz"])[0], run.out/f"{name}.npz")
             first = labels < 12
-            _class_grid(run, np.load(run.out/f"{name}.npz")["arr_0"][first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
+            _class_grid(run, load_samples(run.out/f"{name}.npz")[0][first.numpy()], labels[first], run.out/f"{name}.png", f"guidance {cfg.sampling.cfg_scale:g}" if guided else "no guidance")
         run.check()
     wait()
     return dict(images=len(_sets(cfg))*len(labels))
@@ -383,7 +387,7 @@ def judge(
     "How far a run's samples are from training and test images over one network"
     cfg, e, s = run.cfg, run.cfg.evaluation, run.cfg.sampling
     refs = {"train": _subset(run.data[0], e.reference), "test": _subset(run.data[1], e.reference)}
-    drawn = {k: np.load(run.file(f"{k}.npz", "sample"))["arr_0"] for k in _sets(cfg)}
+    drawn = {k: load_samples(run.file(f"{k}.npz", "sample"))[0] for k in _sets(cfg)}
     how = {"samples": f"guidance {s.cfg_scale:g} in {list(s.cfg_interval)}", "samples_unguided": "no guidance"}
     ex, rows = feature_extractor(name).to(run.device), []
     role = {"vgg16": "compares images in the perceptual loss", cfg.foundation.name: "taught the VF loss"}.get(name, "took no part in training")
@@ -400,7 +404,7 @@ def _generation(run):
         measured, feats = judge(run, name)
         rows += measured
     shown = next(iter(_sets(run.cfg))) # Guided, where there is guidance
-    images, train = np.load(run.out/f"{shown}.npz")["arr_0"], _subset(run.data[0], run.cfg.evaluation.reference)
+    images, train = load_samples(run.out/f"{shown}.npz")[0], _subset(run.data[0], run.cfg.evaluation.reference)
     near, which = nearest_neighbours(feats[shown], feats["train"]) # Of the last network
     real, _ = nearest_neighbours(feats["test"], feats["train"])
     pick = np.arange(min(20, len(which)))
@@ -411,7 +415,9 @@ def _generation(run):
 
 # %% ../../nbs/53_training.stages.ipynb #99eaaf44
 def _uniformity(run):
-    latents = load_latents(run.file("latents", "latents"), run.tokenizer())
+    tok, folder = run.tokenizer(), run.file("latents", "latents")
+    _make_shards(run, tok, (0, 1)) # Only the first process measures this
+    latents = load_latents(folder, tok, check=False)
     n, seed = min(run.cfg.evaluation.tsne_points, len(latents)), run.cfg.seed
     if n < 10: return dict(n=n, note="too few latents for a density")
     perplexity = min(30., (n-1)/3) # 30 as published, where there are enough
