@@ -2,21 +2,24 @@
 
     python bench/waiting.py [--rounds 5] [--steps 20]
 
-The library of threads reads how to wait when it is loaded, so each measurement is a process of its own: steps of LightningDiT and of the tokenizer of `tiny`, their median.
-The baseline spins, as the library does by itself; ours is how the commands set it (`commands.wait_passively`); beside them spin counts in between. Alone, ours should
-cost 3 % at most. Writes results/bench-waiting.json.
+The library of threads reads how to wait when it is loaded, so each measurement is a process of its own: steps of
+LightningDiT and of the tokenizer of `tiny`, their median. The baseline spins, as the library does by itself; ours is how
+the commands set it (`commands.wait_passively`); beside them spin counts in between. Alone, ours should cost 3 % at most.
+Writes results/bench-waiting.json.
 """
 import json, os, statistics, subprocess, sys
 from common import ROOT, options, save, start
 
-WAYS = {"baseline": {}, "ours": {"OMP_WAIT_POLICY": "PASSIVE"}, "spin 1000": {"GOMP_SPINCOUNT": "1000"}, "spin 30000": {"GOMP_SPINCOUNT": "30000"}}
+WAYS = {"baseline": {}, "ours": {"OMP_WAIT_POLICY": "PASSIVE"}}
+WAYS |= {f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in (1000, 30_000)}
 STEPS = """
 import json, sys, time, torch
 from vavae_nb.plan import build_dit, build_tokenizer
 from vavae_nb.recipes import recipe
 torch.set_num_threads(int(sys.argv[2]))
 cfg = recipe("tiny")
-x, z = torch.zeros(cfg.tokenizer_training.batch_size, 3, 32, 32), torch.zeros(cfg.dit_training.batch_size, cfg.tokenizer.latent_dim, 8, 8)
+x = torch.zeros(cfg.tokenizer_training.batch_size, 3, 32, 32)
+z = torch.zeros(cfg.dit_training.batch_size, cfg.tokenizer.latent_dim, 8, 8)
 tok, dit = build_tokenizer(cfg), build_dit(cfg, 10)
 def tokenizer(): tok(x)[0].square().mean().backward()
 def lightningdit(): dit(z, z[:, 0, 0, 0], z[:, 0, 0, 0].long()).square().mean().backward()
@@ -37,7 +40,8 @@ a = start(p)
 
 def seconds(way):
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | WAYS[way]
-    r = subprocess.run([sys.executable, "-c", STEPS, str(a.steps), str(a.threads)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", STEPS, str(a.steps), str(a.threads)]
+    r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return {k: statistics.median(v) for k, v in json.loads(r.stdout).items()}
 
 def measured():
@@ -49,7 +53,9 @@ def measured():
     return out
 
 def ratios(times): # Of the baseline's step to each way's
-    return {f"{way}, {network}": statistics.median(times["baseline"][network])/statistics.median(times[way][network]) for way in list(WAYS)[1:] for network in times[way]}
+    median = lambda way, network: statistics.median(times[way][network])
+    pairs = [(way, network) for way in list(WAYS)[1:] for network in times[way]]
+    return {f"{way}, {network}": median("baseline", network)/median(way, network) for way, network in pairs}
 
 result = dict(alone=measured())
 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]

@@ -1,15 +1,18 @@
-"""What `make test` does: all notebooks, all tests, then some of both as other machines would run them; and at the end everything that failed, with the command that repeats it.
+"""What `make test` does: all notebooks, all tests, then some of both as other machines would run them.
+
+At the end stands everything that failed, with the command that repeats it.
 
     python tools/check.py [--minutes 14]
 
-The three settings that differ most for their price are tried on the notebooks that train. The minutes that are left go to one more setting, another one each day, on the other notebooks.
+The three settings that differ most for their price are tried on the notebooks that train. The minutes that are left
+go to one more setting, another one each day, on the other notebooks.
 `make test-portable` tries all settings on everything (tools/portable.py).
 """
 import argparse, datetime, sys, time
 from pathlib import Path
 from portable import ROOT, SETTINGS, repeat, run_notebooks, run_tests
 
-TRAINING = ("50_training", "51_training", "52_training", "53_training", "70_stability", "71_memory") # The beginnings of their names
+TRAINING = ("50_", "51_", "52_", "53_", "70_", "71_") # How their names begin
 CHEAPEST = ("signals-ignored", "seed-1", "aten-default")
 
 
@@ -21,7 +24,8 @@ def of_the_day():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=14, help="begin no notebook in the setting of the day after so many minutes (default: 14)")
+    about = "begin no notebook in the setting of the day after so many minutes (default: 14)"
+    p.add_argument("--minutes", type=float, default=14, help=about)
     a = p.parse_args()
     start = time.time()
     notebooks = sorted(q.relative_to(ROOT).as_posix() for q in (ROOT/"nbs").glob("*.ipynb"))
@@ -36,8 +40,11 @@ def main():
         print(f"\nthe setting of the day, {name}: {SETTINGS[name].stands_for}", flush=True)
         results[name] = run_notebooks(SETTINGS[name], [n for n in notebooks if n not in training], left)
     failed = [(one, setting) for setting, passed in results.items() for one, ok in passed.items() if not ok]
-    print(f"\n{sum(map(len, results.values()))-len(failed)} passed, {len(failed)} failed in {(time.time()-start)/60:.0f} minutes")
-    for one, setting in failed: print(f"failed{f' in the setting {setting}' if setting != 'as-it-is' else ''}: {repeat(one, setting)}")
+    passed = sum(map(len, results.values()))-len(failed)
+    print(f"\n{passed} passed, {len(failed)} failed in {(time.time()-start)/60:.0f} minutes")
+    for one, setting in failed:
+        where = "" if setting == "as-it-is" else f" in the setting {setting}"
+        print(f"failed{where}: {repeat(one, setting)}")
     sys.exit(bool(failed))
 
 

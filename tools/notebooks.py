@@ -52,7 +52,7 @@ def fork(job, path, *args):
     sys.exit(not job(path, *args))
 
 def run_all(job, paths, workers, timeout, end, *args):
-    "Run `job` on each path, a process each, none begun after `end`; yields (path, ok, seconds, of CPU, output) as they end"
+    "Run `job` on each path, a process each, none begun after `end`; yields (path, ok, seconds, of CPU, output)"
     waiting, running = [(p, 1) for p in paths], {}
     while waiting or running:
         if time.time() > end: waiting = []
@@ -78,7 +78,8 @@ def main():
     p.add_argument("--flags", nargs="*", default=[], choices=FLAGS, help="run the cells flagged so, too")
     p.add_argument("--timeout", type=int, default=240, help="seconds a notebook may take (default: 240; slow: give more)")
     p.add_argument("--workers", type=int, default=2, help="notebooks at a time (default: 2)")
-    p.add_argument("--minutes", type=float, default=float("inf"), help="begin no further notebook after so many minutes (default: no limit)")
+    about = "begin no further notebook after so many minutes (default: no limit)"
+    p.add_argument("--minutes", type=float, default=float("inf"), help=about)
     p.add_argument("--report", type=Path, help="write there, as JSON, whether each passed, and its seconds")
     a = p.parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace") # Whatever the locale: notebooks print formulas
@@ -92,13 +93,15 @@ def main():
         with warnings.catch_warnings(action="ignore"):
             for name in COMMON: importlib.import_module(name)
     job = execute if a.action == "test" else execute_in_place
-    for path, ok, secs, cpu, out in run_all(job, paths[::-1], a.workers, a.timeout, start+60*a.minutes, a.flags): # The last are the longest
+    end, longest_first = start+60*a.minutes, paths[::-1]
+    for path, ok, secs, cpu, out in run_all(job, longest_first, a.workers, a.timeout, end, a.flags):
         print(f"{'ok  ' if ok else 'FAIL'} {secs:6.1f} s ({cpu:5.1f} s of CPU)  {path.name}", flush=True)
         report[path.relative_to(ROOT).as_posix()] = dict(ok=ok, seconds=round(secs, 1))
         if not ok: print(out, flush=True)
     failed = sorted(name for name, r in report.items() if not r["ok"])
     if a.report: a.report.write_text(json.dumps(report, indent=1))
-    print(f"{len(report)-len(failed)} of {len(paths)} notebooks passed in {time.time()-start:.0f} s" + (f", {len(paths)-len(report)} not begun" if len(report) < len(paths) else ""))
+    left = len(paths)-len(report)
+    print(f"{len(report)-len(failed)} of {len(paths)} notebooks passed in {time.time()-start:.0f} s" + f", {left} not begun"*(left > 0))
     if failed: sys.exit("failed: " + ", ".join(failed))
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""Another seed for everything random, by $OTHER_SEED: what holds only for the seeds that stand in notebooks and tests does not hold.
+"""Another seed for everything random, by $OTHER_SEED: what holds for the seeds in notebooks and tests only does not hold.
 
 Every whole number that seeds a generator of Python, numpy or torch becomes another one: equal seeds stay equal,
 different ones different.

@@ -1,11 +1,11 @@
-"""Notebooks and tests as other machines would run them: other instruction sets, threads, signals, locales, folders, seeds, neighbours.
+"""Notebooks and tests as other machines would run them: instruction sets, threads, signals, locale, folders, seeds.
 
-    python tools/portable.py                     every setting, on all notebooks and tests, into results/portability.json; hours
+    python tools/portable.py                     every setting, on all notebooks and tests; hours
     python tools/portable.py --settings ascii seed-1 --only tests
-    python tools/portable.py --together          several settings at a time, so that each is tried once on everything; an hour
+    python tools/portable.py --together          several settings at a time, so that each is tried once; an hour
     python tools/portable.py --list
 
-Each notebook and each test process is a fresh one. A setting that was measured before at another commit is measured again; the file says which commit each is of.
+Writes results/portability.json, which says of which commit each row is. Each notebook is a fresh process.
 """
 import argparse, json, os, shutil, signal, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as xml
@@ -62,7 +62,8 @@ def together(names):
     parts = [SETTINGS[n] for n in names]
     env = {k: v for p in parts for k, v in p.env.items()}
     flags = {k: any(getattr(p, k) for p in parts) for k in ("deaf", "elsewhere", "odd_path")}
-    return Setting(", ".join(p.stands_for for p in parts), env, min(p.workers for p in parts), neighbours=max(p.neighbours for p in parts), **flags)
+    numbers = dict(workers=min(p.workers for p in parts), neighbours=max(p.neighbours for p in parts))
+    return Setting(", ".join(p.stands_for for p in parts), env, **numbers, **flags)
 
 
 @contextmanager
@@ -75,7 +76,8 @@ def prepared(setting):
             root = tmp/"vavae nb ü"
             clone(root)
         env = os.environ | {"PYTHONPATH": str(root)} | setting.env
-        if "HOME" in setting.env: env = {k: v for k, v in env.items() if k != "VAVAE_NB_CACHE" and not k.startswith("XDG_")}
+        if "HOME" in setting.env: # And nothing that points elsewhere
+            env = {k: v for k, v in env.items() if k != "VAVAE_NB_CACHE" and not k.startswith("XDG_")}
         for _ in range(setting.neighbours):
             busy = subprocess.Popen([PYTHON, "-c", "while True: pass"])
             on.callback(busy.wait)
@@ -86,7 +88,8 @@ def prepared(setting):
 def clone(to):
     "The tracked files as they are now, as a repository of their own"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, to], check=True)
-    changed = subprocess.run(["git", "diff", "--name-only", "-z", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    diff = ["git", "diff", "--name-only", "-z", "HEAD"]
+    changed = subprocess.run(diff, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     for name in filter(None, changed.split("\0")):
         if (ROOT/name).exists(): shutil.copy(ROOT/name, to/name)
 
@@ -103,10 +106,10 @@ def run_notebooks(setting, notebooks=(), minutes=float("inf"), timeout=240):
     "Name → passed?, of all notebooks or of some"
     with prepared(setting) as (root, cwd, env), tempfile.TemporaryDirectory() as d:
         report = Path(d)/"report.json"
-        paths = [root/name for name in notebooks]
-        args = [PYTHON, root/"tools/notebooks.py", "test", *paths, "--workers", setting.workers, "--timeout", timeout, "--minutes", minutes, "--report", report]
-        run(args, setting, cwd, env)
-        return {name: r["ok"] for name, r in json.loads(report.read_text()).items()} if report.exists() else {"tools/notebooks.py": False}
+        limits = ["--workers", setting.workers, "--timeout", timeout, "--minutes", minutes, "--report", report]
+        run([PYTHON, root/"tools/notebooks.py", "test", *(root/name for name in notebooks), *limits], setting, cwd, env)
+        if not report.exists(): return {"tools/notebooks.py": False}
+        return {name: r["ok"] for name, r in json.loads(report.read_text()).items()}
 
 
 def run_tests(setting, tests=()):
@@ -114,13 +117,14 @@ def run_tests(setting, tests=()):
     with prepared(setting) as (root, cwd, env), tempfile.TemporaryDirectory() as d:
         report = Path(d)/"report.xml"
         env.setdefault("OMP_NUM_THREADS", "1")
-        args = [PYTHON, "-m", "pytest", "-q", "-c", root/"pytest.ini", "--rootdir", root, *(root/t for t in tests or ["tests"]), "-p", "no:cacheprovider",
-                "-n", setting.workers, "--dist", "loadfile", "--no-loadscope-reorder", f"--junitxml={report}"]
-        status = run(args, setting, cwd, env)
+        where = ["-c", root/"pytest.ini", "--rootdir", root, *(root/t for t in tests or ["tests"])]
+        how = ["-n", setting.workers, "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider"]
+        status = run([PYTHON, "-m", "pytest", "-q", *where, *how, f"--junitxml={report}"], setting, cwd, env)
         if not report.exists(): return {f"pytest ended with status {status}": False}, 0
         cases = list(xml.parse(report).getroot().iter("testcase"))
     has = lambda case, kind: case.find(kind) is not None
-    passed = {f"{c.get('classname').replace('.', '/')}.py::{c.get('name')}": not (has(c, "failure") or has(c, "error")) for c in cases}
+    name = lambda case: f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+    passed = {name(c): not (has(c, "failure") or has(c, "error")) for c in cases}
     return passed, sum(has(c, "skipped") for c in cases)
 
 
@@ -136,8 +140,10 @@ def repeat(name, setting):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=[*SETTINGS, *TOGETHER], metavar="SETTING", help="default: all; see --list")
-    p.add_argument("--together", action="store_const", dest="settings", const=list(TOGETHER), help="several settings at a time: "+", ".join(TOGETHER))
+    known = dict(choices=[*SETTINGS, *TOGETHER], metavar="SETTING")
+    p.add_argument("--settings", nargs="+", default=list(SETTINGS), help="default: all; see --list", **known)
+    several = dict(action="store_const", dest="settings", const=list(TOGETHER))
+    p.add_argument("--together", help="several settings at a time: "+", ".join(TOGETHER), **several)
     p.add_argument("--only", choices=("notebooks", "tests"), help="default: both")
     p.add_argument("--list", action="store_true", help="say what each setting stands for")
     p.add_argument("--out", type=Path, default=ROOT/"results/portability.json")
@@ -154,7 +160,9 @@ def main():
     for i, (name, setting) in enumerate(wanted.items(), 1):
         start = time.time()
         print(f"\n===== {i} of {len(wanted)}: {name}, {setting.stands_for}", flush=True)
-        row = table["settings"].get(name, {}) | dict(settings=TOGETHER.get(name, [name]), stands_for=setting.stands_for, env=setting.env, cpu=torch.backends.cpu.get_cpu_capability(), **versions(torch.device("cpu")))
+        about = dict(settings=TOGETHER.get(name, [name]), stands_for=setting.stands_for, env=setting.env)
+        machine = dict(cpu=torch.backends.cpu.get_cpu_capability(), **versions(torch.device("cpu")))
+        row = table["settings"].get(name, {}) | about | machine
         if a.only != "tests": row["notebooks"] = counted(run_notebooks(setting, timeout=240*PATIENCE))
         if a.only != "notebooks":
             passed, skipped = run_tests(setting)

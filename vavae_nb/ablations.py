@@ -535,7 +535,7 @@ def estimates(
     results:str|Path="results", # Where results are
     data:str="",         # As for `configuration`
     device:str="",       # The same
-)->tuple[list[tuple],str]: # Name, seed, what there is, hours here (alone, and as busy as now), hours on an H800; and what disturbs
+)->tuple[list[tuple],str]: # Name, seed, state, hours here (alone, and as busy as now) and on an H800; what disturbs
     "What will run, what is already there, and the time that its arithmetic takes, at the speed of the first row's networks; a shared tokenizer counts once"
     from vavae_nb.plan import device_hours, paper_rate, plan, step_rates
     from vavae_nb.tensors import pick_device
@@ -544,13 +544,16 @@ def estimates(
         for row in rows:
             cfg, found = configuration(row, scale, seed, data, device), read_result(result_path(results, row, scale, seed))
             if found and found["status"] == "done":
-                out.append((row.name_at(scale), seed, "done, with other settings" if other_settings(found, cfg) else "done", (0., 0.), 0.)); continue
+                state = "done, with other settings" if other_settings(found, cfg) else "done"
+                out.append((row.name_at(scale), seed, state, (0., 0.), 0.))
+                continue
             p, key, here = plan(cfg), _hash(_settings(tokenizer_part(cfg))), here or step_rates(cfg, pick_device(cfg.device))
             shared = key in known
             if shared: p["stages"] = {k: v for k,v in p["stages"].items() if k not in ("tokenizer", "latents")}
             known.add(key)
             state = "failed before, to run" if found else "to run"+", tokenizer shared"*shared
-            out.append((row.name_at(scale), seed, state, tuple(h["all"] for h in here.hours(p)), device_hours(p, paper_rate())["all"]))
+            hours = tuple(h["all"] for h in here.hours(p))
+            out.append((row.name_at(scale), seed, state, hours, device_hours(p, paper_rate())["all"]))
     return out, here.note() if here else ""
 
 # %% ../nbs/80_ablations.ipynb #c4372c7a
@@ -562,7 +565,8 @@ def _describe(rows, scale, seeds, results, data, device): # For --dry-run
     width = max(len(f"{n}, seed {s}") for n,s,*_ in found)
     lines = [f"scale {scale}: {scales[scale].about}", "", f"{'row':{width}}  {'this machine':>19} {'one H800':>10}  state"]
     lines += [f"{f'{n}, seed {s}':{width}}  {times(h, g)}  {what}" for n,s,what,h,g in found]
-    lines += [f"{'all':{width}}  {times(tuple(map(sum, zip(*here))), sum(there))}", "", *([note] if note else []), "arithmetic only, as of `python -m vavae_nb.train --dry-run`: starting, reading images and measuring come on top"]
+    lines += [f"{'all':{width}}  {times(tuple(map(sum, zip(*here))), sum(there))}", "", *([note] if note else []),
+              "arithmetic only, as of `python -m vavae_nb.train --dry-run`: starting, reading images and measuring come on top"]
     return "\n".join(lines)
 
 def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, side by side, and what they finish
@@ -573,8 +577,9 @@ def _jobs(n, rows, scale, seeds, results, runs): # The same command n times, sid
     left = {p for p in paths if not ((r := read_result(p)) and r["status"] == "done")}
     print(f"{len(paths)-len(left)} of {len(paths)} are there; {n} jobs of {threads} threads, logs {logs}/job-*.log", flush=True)
     total, files = len(left), [open(logs/f"job-{i}.log", "a", encoding="utf-8") for i in range(n)]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VAVAE_NB_PARENT": str(os.getpid())} # They end when this process is gone
-    work = [subprocess.Popen([sys.executable, "-m", "vavae_nb.ablations", *args, "--form", "none"], stdout=f, stderr=subprocess.STDOUT, env=env) for f in files]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VAVAE_NB_PARENT": str(os.getpid())} # They end when it is gone
+    command = [sys.executable, "-m", "vavae_nb.ablations", *args, "--form", "none"]
+    work = [subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=env) for f in files]
     try:
         while left:
             running = any(w.poll() is None for w in work)

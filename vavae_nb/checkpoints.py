@@ -104,7 +104,7 @@ class Checkpoints:
         return self._load(self._best(self.steps()))
 
     def finish(self,
-        last:int|None=None, # The run's last step; default: the newest that there is. With it, a second call changes nothing
+        last:int|None=None, # The run's last step, so that a second call changes nothing; default: the newest
     ):
         "The run is done and its model saved elsewhere: keep only the best, and not even that if it is the last"
         steps = self.steps()
@@ -180,10 +180,12 @@ def refuse_links(
 ):
     "Refuse a run folder in which something that the run would write or delete is a link to elsewhere"
     folder = Path(folder)
-    own = [folder/name for name in ("run.lock", "log.csv", "tensorboard", "wandb", "checkpoints", "latents", "drawn", "progress")]
-    below = [Path(at)/name for top in own[4:] for at,folders,files in os.walk(top) for name in (*folders, *files)]
-    for path in (*own, *below):
-        if path.is_symlink(): raise ConfigError(_linked(path))
+    for name in ("run.lock", "log.csv", "tensorboard", "wandb", "checkpoints", "latents", "drawn", "progress"):
+        if (folder/name).is_symlink(): raise ConfigError(_linked(folder/name))
+    for name in ("checkpoints", "latents", "drawn", "progress"):
+        for at,folders,files in os.walk(folder/name):
+            links = [Path(at)/o for o in (*folders, *files) if os.path.islink(os.path.join(at, o))]
+            if links: raise ConfigError(_linked(links[0]))
 
 # %% ../nbs/47_checkpoints.ipynb #a14c506b
 class RunBusy(ConfigError): "A run folder that another process is writing"
@@ -232,7 +234,7 @@ class RunLock:
 _heard = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 class StopSignals:
-    "SIGTERM, SIGINT and SIGHUP as `Stopped`: at once, or, inside `with stop.deferred():`, when the loop has seen `signum` and saved"
+    "SIGTERM, SIGINT and SIGHUP as `Stopped`: at once, or, inside `with stop.deferred():`, when the loop has saved"
     def __init__(self): self.signum,self._depth,self._old,self._pid,self._terminals = None,0,{},os.getpid(),[]
 
     def __enter__(self):

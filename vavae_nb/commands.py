@@ -123,8 +123,9 @@ def end_with_parent(
 
 # %% ../nbs/06_commands.ipynb #cda3b9ef
 def wait_passively():
-    "Let waiting threads sleep instead of spin, unless the environment says how they wait; before torch is imported, which reads it"
-    if not any(k in os.environ for k in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")): os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    "Let waiting threads sleep instead of spin, unless the environment says how they wait; before torch is imported"
+    if any(k in os.environ for k in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")): return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # %% ../nbs/06_commands.ipynb #8081c951
 def keep_freed_memory()->bool: # Was it done? Not without glibc, nor where the environment says how memory is to be taken
@@ -140,9 +141,12 @@ def user_errors(
     stopped:str, # What to say after Ctrl-C, or another signal that asks to end
 )->Iterator[None]:
     "End the command with a sentence where a user can do something about the error"
-    if signal.getsignal(signal.SIGINT) is vavae_nb._end_quietly: signal.signal(signal.SIGINT, signal.default_int_handler) # There is something to say now
+    if signal.getsignal(signal.SIGINT) is vavae_nb._end_quietly: # There is something to say now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try: yield
-    except VavaeError as e: status, message = 2, "error: "+str(e).split("calling event", 1)[-1].split("\n\t", 1)[-1] # fastai puts its callback's name in front
+    except VavaeError as e:
+        sentence = str(e).split("calling event", 1)[-1].split("\n\t", 1)[-1] # fastai puts its callback's name in front
+        status, message = 2, f"error: {sentence}"
     except OSError as e: status, message = 2, "error: "+(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except KeyboardInterrupt as e:
         status, message = 128+getattr(e, "signum", signal.SIGINT), f"stopped{f' by {e}' if str(e) else ''}; {stopped}"

@@ -295,24 +295,32 @@ def differences(
     return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
 # %% ../nbs/01_config.ipynb #1f400b4d
+_at_least = lambda least: lambda v: v >= least
+_between = lambda least, most: lambda v: least <= v <= most
 _rules = { # What a number must be, how to tell, and whose rule it is
-    "a whole number of at least 1": (lambda v: v >= 1, """patience data.size vf.adaptive_every tokenizer.latent_dim tokenizer.ch tokenizer.ch_mult tokenizer.num_res_blocks
-        tokenizer.norm_groups tokenizer_training.batch_size tokenizer_training.accumulate tokenizer_training.lpips_every tokenizer_training.disc_width
-        tokenizer_training.disc_layers dit.patch_size dit_training.steps dit_training.batch_size dit_training.accumulate evaluation.images
-        evaluation.batch_size saving.every saving.keep saving.log_every phases.steps"""),
-    "a whole number of at least 2": (lambda v: v >= 2, "sampling.n sampling.points evaluation.reference"),
-    "a whole number from 0": (lambda v: v >= 0, """data.limit tokenizer.attn_resolutions tokenizer_training.steps tokenizer_training.warmup tokenizer_training.disc_start
-        dit.hidden_size dit.depth dit.num_heads dit_training.warmup dit_training.uniform_from sampling.cfg_channels evaluation.tsne_points
-        evaluation.dashboard_every phases.disc_start"""),
-    "a whole number from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
-    "a whole number from 1 to 5": (lambda v: 1 <= v <= 5, "tokenizer_training.lpips_slices"),
+    "a whole number of at least 1": (_at_least(1), """patience data.size vf.adaptive_every
+        tokenizer.latent_dim tokenizer.ch tokenizer.ch_mult tokenizer.num_res_blocks tokenizer.norm_groups
+        tokenizer_training.batch_size tokenizer_training.accumulate tokenizer_training.lpips_every
+        tokenizer_training.disc_width tokenizer_training.disc_layers phases.steps
+        dit.patch_size dit_training.steps dit_training.batch_size dit_training.accumulate
+        evaluation.images evaluation.batch_size saving.every saving.keep saving.log_every"""),
+    "a whole number of at least 2": (_at_least(2), "sampling.n sampling.points evaluation.reference"),
+    "a whole number from 0": (_at_least(0), """data.limit tokenizer.attn_resolutions
+        tokenizer_training.steps tokenizer_training.warmup tokenizer_training.disc_start phases.disc_start
+        dit.hidden_size dit.depth dit.num_heads dit_training.warmup dit_training.uniform_from
+        sampling.cfg_channels evaluation.tsne_points evaluation.dashboard_every"""),
+    "a whole number from 0 to 4294967295": (_between(0, 2**32-1), "seed"),
+    "a whole number from 1 to 5": (_between(1, 5), "tokenizer_training.lpips_slices"),
     "a number above 0": (lambda v: 0 < v < inf, "tokenizer_training.lr dit_training.lr sampling.shift"),
-    "a number from 0": (lambda v: 0 <= v < inf, """vf.weight vf.cos_weight vf.distmat_weight tokenizer_training.clip tokenizer_training.lpips_weight
-        tokenizer_training.kl_weight tokenizer_training.disc_weight dit_training.weight_decay dit_training.clip dit_training.direction_weight
-        sampling.cfg_scale phases.vf_weight"""),
-    "a number from 0 to 1": (lambda v: 0 <= v <= 1, "dit_training.label_dropout sampling.cfg_interval"),
-    "a number from 0 to 2": (lambda v: 0 <= v <= 2, "vf.cos_margin vf.distmat_margin phases.cos_margin phases.distmat_margin"),
-    "a number from 0 to below 1": (lambda v: 0 <= v < 1, "tokenizer_training.betas dit_training.betas dit_training.ema"),
+    "a number from 0": (lambda v: 0 <= v < inf, """vf.weight vf.cos_weight vf.distmat_weight phases.vf_weight
+        tokenizer_training.clip tokenizer_training.lpips_weight tokenizer_training.kl_weight
+        tokenizer_training.disc_weight dit_training.weight_decay dit_training.clip
+        dit_training.direction_weight sampling.cfg_scale"""),
+    "a number from 0 to 1": (_between(0, 1), "dit_training.label_dropout sampling.cfg_interval"),
+    "a number from 0 to 2": (_between(0, 2), """vf.cos_margin vf.distmat_margin
+        phases.cos_margin phases.distmat_margin"""),
+    "a number from 0 to below 1": (lambda v: 0 <= v < 1, """tokenizer_training.betas dit_training.betas
+        dit_training.ema"""),
 }
 _rule_of = {name: (allowed, holds) for allowed,(holds, names) in _rules.items() for name in names.split()}
 
@@ -324,16 +332,20 @@ def check_settings(
     phases = settings.pop("tokenizer_training.phases")
     for name,value in settings.items(): _check_number(name, value, name)
     for i,phase in enumerate(phases):
-        for name,value in flat(phase).items(): _check_number(f"tokenizer_training.phases[{i}].{name}", value, f"phases.{name}")
+        at = f"tokenizer_training.phases[{i}]"
+        for name,value in flat(phase).items(): _check_number(f"{at}.{name}", value, f"phases.{name}")
     for name in ("tokenizer.ch_mult", "evaluation.extractors"):
         if not settings[name]: raise ConfigError(f"{name} is empty; give at least one")
     low, high = cfg.sampling.cfg_interval
-    if low > high: raise ConfigError(f"sampling.cfg_interval is {low:g},{high:g}; its first time must not be after its second")
-    if cfg.sampling.cfg_channels > cfg.tokenizer.latent_dim:
-        raise ConfigError(f"sampling.cfg_channels is {cfg.sampling.cfg_channels}, but a latent has {cfg.tokenizer.latent_dim} channels; 0 guides all of them")
+    if low > high:
+        raise ConfigError(f"sampling.cfg_interval is {low:g},{high:g}; its first time must not be after its second")
+    guided, channels = cfg.sampling.cfg_channels, cfg.tokenizer.latent_dim
+    if guided > channels:
+        raise ConfigError(f"sampling.cfg_channels is {guided}, but a latent has {channels} channels; 0 guides all of them")
     for path,training in (("tokenizer_training", cfg.tokenizer_training), ("dit_training", cfg.dit_training)):
         if training.accumulate > training.batch_size:
-            raise ConfigError(f"{path}.accumulate is {training.accumulate}, but a batch has {training.batch_size} items; a part holds at least one")
+            raise ConfigError(f"{path}.accumulate is {training.accumulate}, but a batch has {training.batch_size} items; "
+                              "a part holds at least one")
 
 def _check_number(path, value, rule): # Or each number of a tuple
     allowed, holds = _rule_of.get(rule, ("", lambda v: True))

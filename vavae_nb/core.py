@@ -9,7 +9,8 @@ __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'Checkpoint
            'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
-import difflib, errno, functools, getpass, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time, unicodedata, warnings
+import difflib, errno, functools, getpass, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time
+import unicodedata, warnings
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -237,11 +238,12 @@ def sha256_file(
 def cache_dir(
     name:str="", # Sub-folder
 )->Path:         # An existing folder
-    "The folder for what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or, where that cannot be written, one for temporary files"
+    "For what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or else a folder for temporary files"
     p = _cache()/name
-    try: p.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(p): p.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        if os.environ.get("VAVAE_NB_CACHE"): raise WriteError(_sentence(p, e.errno, e.strerror, ""), e.errno, e.strerror, str(p)) from None
+        if os.environ.get("VAVAE_NB_CACHE"): raise # What was asked for is not replaced in silence
         p = _temporary_cache(e.strerror)/name
         p.mkdir(parents=True, exist_ok=True)
     return p
@@ -253,7 +255,8 @@ def _temporary_cache(why): # The same for all processes of a user, and nobody el
     about = p.lstat()
     theirs = os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022)
     if theirs or not stat.S_ISDIR(about.st_mode): p = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
-    warnings.warn(f"{_cache()} cannot be written ({why}); what can be computed again is kept in {p} instead: point VAVAE_NB_CACHE at a folder to keep it longer")
+    warnings.warn(f"{_cache()} cannot be written ({why}); what can be computed again is kept in {p} instead: "
+                  "point VAVAE_NB_CACHE at a folder to keep it longer")
     return p
 
 # %% ../nbs/00_core.ipynb #95a0ccb1

@@ -158,7 +158,8 @@ def picture(
 )->Iterator[None]:
     "Draw what is only for looking at: whatever goes wrong is a warning, and the work goes on"
     try: yield
-    except Exception as e: warnings.warn(f"{path} could not be drawn ({type(e).__name__}: {e}); the work goes on without it")
+    except Exception as e:
+        warnings.warn(f"{path} could not be drawn ({type(e).__name__}: {e}); the work goes on without it")
 
 # %% ../nbs/36_generate.ipynb #b5660222
 def load_pair(

@@ -219,7 +219,7 @@ class Rates:
                 "of two times the first is about what it takes alone, the second as busy as now")
 
 def _steady(step, flops, batch, seconds, device):
-    "FLOP/s of `step(b)`, b up to `batch`, once it has warmed up; and the share of their time in which its threads had a core"
+    "FLOP/s of `step(b)`, b up to `batch`, once warm; and the share of the time in which its threads had a core"
     b = 1
     try:
         while _seconds(lambda: step(b), device) and b < batch and _seconds(lambda: step(b), device) < seconds/8: b = min(2*b, batch)
@@ -310,8 +310,9 @@ def describe(
     parts = lambda t: f" in {t.accumulate} parts"*(t.accumulate > 1) + ", activations computed again"*t.grad_checkpointing
     lines += [f"memory      {k}, batch {batch[k]}{parts(dict(tokenizer=tt, dit=d)[k])} on one device: {gb(m)}" for k,m in memory(cfg).items()]
     lines += ["", f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>19}{'one H800':>12}"]
-    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{hours_between(alone[k], here[k]):>19}{_hours(there[k]):>12}" for k,v in p["stages"].items()]
-    lines += [f"{'all':39}{hours_between(alone['all'], here['all']):>19}{_hours(there['all']):>12}", "", *([rates.note()] if rates.note() else []),
+    times = lambda k: f"{hours_between(alone[k], here[k]):>19}{_hours(there[k]):>12}"
+    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{times(k)}" for k,v in p["stages"].items()]
+    lines += [f"{'all':39}{times('all')}", "", *([rates.note()] if rates.note() else []),
               f"this machine: what steps of these networks reached just now on {device}{f' with {torch.get_num_threads()} threads'*(device.type == 'cpu')} in {resolve_precision(device, cfg.precision)}: " + ", ".join(f"{k} {v/1e12:.2g}" for k,v in rates.now.items()) + " TFLOP/s",
               f"one H800: {paper_rate()/1e12:.0f} TFLOP/s, the authors' 284 images/s of LightningDiT-XL/1; the tokenizer in fp32 is slower than that",
               "estimates of arithmetic only: decoding images, writing and evaluating come on top"]

@@ -15,14 +15,16 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor, nn
 from ..checkpoints import Checkpoints, RunLock, StopSignals, refuse_links
 from ..config import Config, check_settings, differences, flat, load_config, save_config
-from ..core import CheckpointError, ConfigError, DataError, atomic_write, keep_on_disk, read_json, sweep_temporary, unknown_name
+from ..core import CheckpointError, ConfigError, DataError
+from ..core import atomic_write, keep_on_disk, read_json, sweep_temporary, unknown_name
 from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, compile_blocks, count_params, flops_per_image
 from ..evaluation import evaluate_reconstruction
 from ..flow.ddpm import ddpm_methods
 from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
-from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, load_samples, picture, save_grid, settings_of, versions
+from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, load_samples
+from ..generate import picture, save_grid, settings_of, versions
 from ..latents import extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, psnr
@@ -74,14 +76,15 @@ class Run:
     @property
     def begun(self)->bool: return bool(self.state) or any((self.out/"checkpoints").glob("*/step-*.json"))
     def record(self, stage, **what): self._write(self.state | {stage: what})
-    def forget(self, stage): # And what was made from it; a kill on the way leaves stages that are done, not some that go on from what is to go
+    def forget(self, stage): # And what was made from it; a kill on the way leaves stages that are done
         later = stages[stages.index(stage):]
         if is_first():
             for folder in (*(self.checkpoints(s).folder for s in later), self.out/"drawn"): shutil.rmtree(folder, ignore_errors=True)
         self._write({k: v for k,v in self.state.items() if k not in later})
-    def tidy(self): # What a stage goes on from is of no use once the stage is recorded; not before, and again at each start
+    def tidy(self): # Remove what stages go on from, once they are recorded; also at each start
         if not is_first(): return
-        trained = dict(tokenizer=sum(t.steps for _,t in tokenizer_phases(self.cfg.vf, self.cfg.tokenizer_training)), dit=self.cfg.dit_training.steps)
+        phases = tokenizer_phases(self.cfg.vf, self.cfg.tokenizer_training)
+        trained = dict(tokenizer=sum(t.steps for _,t in phases), dit=self.cfg.dit_training.steps)
         for stage,steps in trained.items():
             if stage in self.state: self.checkpoints(stage).finish(steps)
         if "sample" in self.state: shutil.rmtree(self.out/"drawn", ignore_errors=True)
@@ -140,7 +143,7 @@ def run_stages(
     check_settings(cfg)
     check_names(cfg)
     with RunLock(out) if is_first() else nullcontext():
-        if is_first(): sweep_temporary(out, age=0, deep=True) # All of dead processes: this one has the lock, and the others wait in Run
+        if is_first(): sweep_temporary(out, age=0, deep=True) # This process has the lock, and the others wait in Run
         run = Run(cfg, out, stop)
         wanted = stages if only == "all" else (only,)
         if "dit" not in run.state: _rehearse(run)
@@ -166,10 +169,11 @@ def _do(run, stage):
     run.check()
 
 def _rehearse(run):
-    "Ask for no images of a network of one block: sizes and settings that do not fit are refused as they would be after the training"
-    model = build_dit(run.cfg, len(run.data[0].classes), depth=1).eval()
+    "Ask a network of one block for no images: what would be refused after the training is refused now"
+    model, nothing = build_dit(run.cfg, len(run.data[0].classes), depth=1).eval(), torch.empty(0, dtype=torch.long)
+    how = _how(run) | dict(device="cpu")
     for guided in _sets(run.cfg).values():
-        next(image_batches(model, nn.Identity(), torch.empty(0, dtype=torch.long), run.cfg.sampling, guided=guided, **_how(run) | dict(device="cpu")), None)
+        next(image_batches(model, nn.Identity(), nothing, run.cfg.sampling, guided=guided, **how), None)
 
 # %% ../../nbs/53_training.stages.ipynb #ae8833cf
 def _first_tokenizer(cfg):
@@ -250,7 +254,8 @@ def run_tokenizer(run:Run)->dict:
         learn, began = _train(run, "tokenizer", make, training, phase=i, first=done, state=state, began=began, name="tokenizer" if len(phases) == 1 else f"tokenizer, phase {i+1} of {len(phases)}",
                               flops=flops, look=look, measure=measure, precision=_precision(run), cbs=board)
         done, before, state = done+training.steps, learn.loss_func, None
-    if is_first(): tok.save(run.out/"tokenizer.safetensors", dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint))
+    about = dict(steps=done, began=cfg.tokenizer.weights or "untrained", vfm=vfm_key, data=train.fingerprint)
+    if is_first(): tok.save(run.out/"tokenizer.safetensors", about)
     return dict(feature_seconds=seconds, parameters=count_params(tok), foundation=vfm_key) | {"dashboard_seconds": round(b.seconds, 1) for b in board} | (dict(seconds=round(began+seconds, 1)) if phases else {})
 
 @torch.no_grad()
@@ -309,7 +314,8 @@ def run_dit(run:Run)->dict:
     _, state, began = _found(run, "dit")
     learn, seconds = _train(run, "dit", lambda **kw: dit_learner(model, latents, seed=cfg.seed, **kw), t, state=state, began=began, name="LightningDiT", flops=3*flops_per_image(model),
                             look=look, measure=measure, precision=cfg.precision)
-    if is_first(): model.save(run.out/"dit.safetensors", dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes), ema=learn.ema.average)
+    about = dict(steps=t.steps, tokenizer=tok.fingerprint(), classes=run.data[0].classes)
+    if is_first(): model.save(run.out/"dit.safetensors", about, ema=learn.ema.average)
     return dict(parameters=count_params(model), seconds=round(seconds, 1))
 
 def _held_out(run, tok, n=256): # Latents of test images, and their labels
