@@ -82,7 +82,7 @@ def memory():
 
 def peak(f, device, alone):
     "MB that a call of f takes at its highest: of the GPU here; on a CPU in a process of its own, this script with the options `alone`, which ends in `print_peak`"
-    if device.type != "cuda": return float(subprocess.run([sys.executable, sys.argv[0], *map(str, alone)], capture_output=True, text=True, check=True).stdout)
+    if device.type != "cuda": return float(subprocess.run([sys.executable, sys.argv[0], *map(str, alone)], capture_output=True, encoding="utf-8", check=True).stdout)
     torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
     f()
     return (torch.cuda.max_memory_allocated()-before)/1e6

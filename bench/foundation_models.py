@@ -40,13 +40,13 @@ def measure(name):
 if a.only: print(json.dumps(measure(a.only))); sys.exit()
 models = {}
 for name in (*paper_vfms, "efficientnet_lite0"):
-    r = subprocess.run([sys.executable, __file__, "--only", name, "--rounds", str(a.rounds), "--batch", str(a.batch), "--threads", str(a.threads)], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, __file__, "--only", name, "--rounds", str(a.rounds), "--batch", str(a.batch), "--threads", str(a.threads)], capture_output=True, encoding="utf-8")
     if r.returncode: sys.exit(r.stderr)
     models[name] = m = json.loads(r.stdout.splitlines()[-1])
     print(f"{name:20} {m['parameters']/1e6:6.1f} M {m['flops']/1e9:6.1f} GFLOPs, processor seconds an image: "
           f"fp32 {statistics.median(m['processor_s']):.2f}, bf16 {m['bf16_processor_s']:.2f}; peak {m['peak_bytes']/1e9:.2f} GB", flush=True)
 result = dict(command=f"python bench/foundation_models.py --rounds {a.rounds} --batch {a.batch} --threads {a.threads}", what=__doc__.splitlines()[0], models=models, grid=16, image=256, batch=a.batch,
               threads=a.threads, device=torch.backends.cpu.get_cpu_capability(), bf16_instructions=has_bf16(torch.device("cpu")), torch=torch.__version__,
-              commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip())
+              commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip())
 Path("results").mkdir(exist_ok=True)
 Path("results/bench-foundation-models.json").write_text(json.dumps(result, indent=1))

@@ -41,7 +41,7 @@ a = start(p)
 def seconds(way):
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | WAYS[way]
     command = [sys.executable, "-c", STEPS, str(a.steps), str(a.threads)]
-    r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", check=True)
     return {k: statistics.median(v) for k, v in json.loads(r.stdout).items()}
 
 def measured():

@@ -264,7 +264,7 @@ def test_the_list_of_results_is_up_to_date():
 
 # The command, for real
 
-def cli(*args, cwd=None, **kw): return subprocess.run([sys.executable, "-m", "vavae_nb.ablations", *map(str, args)], capture_output=True, text=True, encoding="utf-8", timeout=900, cwd=cwd, **kw)
+def cli(*args, cwd=None, **kw): return subprocess.run([sys.executable, "-m", "vavae_nb.ablations", *map(str, args)], capture_output=True, encoding="utf-8", timeout=900, cwd=cwd, **kw)
 
 def test_a_dry_run_plans_and_does_nothing(tmp_path):
     r = cli("fig4a", "--scale", "cpu", "--dry-run", cwd=tmp_path)

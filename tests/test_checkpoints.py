@@ -13,7 +13,7 @@ def whole(c): return sorted(p.name for s in c.steps() for p in (c._json(s), c._d
 
 def forking(script, *args):
     "Run a script that imports once, forks what it kills, and prints what it saw as JSON"
-    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, encoding="utf-8", timeout=900)
+    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, encoding="utf-8", timeout=900)
     assert r.returncode == 0, r.stderr
     return json.loads(r.stdout.splitlines()[-1])
 

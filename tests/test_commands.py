@@ -33,7 +33,7 @@ def test_its_example_is_a_call_of_it(name):
 
 def test_underscores_dashes_and_one_letter():
     def seed(*args):
-        r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", *args, "--cfg_scale", "two"], capture_output=True, text=True, encoding="utf-8")
+        r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", *args, "--cfg_scale", "two"], capture_output=True, encoding="utf-8")
         return r.returncode, r.stderr.splitlines()[-1]
     assert seed("--n", "-1", "--batch_size=3", "--world-size", "2") == seed("-n", "-1", "--batch-size=3", "--world_size", "2")
     assert seed() == (2, "python -m vavae_nb.sample: error: argument --cfg-scale: invalid float value: 'two'")

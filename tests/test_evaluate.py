@@ -46,14 +46,14 @@ def figures(path): return {f["metric"]: f for f in json.loads(path.read_text(enc
 def generation(work, **kw): return dict(samples=work/"samples.npz", reference=work/"reference.npz", extractor=["alexnet"], device="cpu") | kw
 
 def test_help_names_each_action_and_needs_no_torch():
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", "--help"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", "--help"], capture_output=True, encoding="utf-8")
     assert r.returncode == 0 and all(a in r.stdout for a in actions)
     code = "import sys, vavae_nb.evaluate; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8").stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "[]"
 
 def test_command_line(work, tmp_path):
     args = ["generation", "--samples", work/"samples.npz", "--reference", work/"reference.npz", "--extractor", "alexnet", "--metrics", "fd", "--batch-size", "50", "--label-sampling", "random", "--out", tmp_path/"e.json"]
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", *map(str, args)], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.evaluate", *map(str, args)], capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     assert figures(tmp_path/"e.json")["fd"]["label_sampling"] == "random (said by the caller)" and "fd" in r.stdout
 

@@ -121,5 +121,5 @@ def test_bad_input(work, capsys):
         assert message in refused(capsys, **kw)
 
 def test_the_module_needs_no_torch():
-    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.extract; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules])"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.extract; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules])"], capture_output=True, encoding="utf-8")
     assert r.stdout.strip() == "[]", r.stdout+r.stderr

@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_while_pixels_are_mapped_is_no_bus_error(tmp_path):
     try:
         (tmp_path/"pictures"/"cat").mkdir(parents=True)
         for i in range(40): NOISE.save(tmp_path/"pictures"/"cat"/f"{i}.png")
-        r = subprocess.run([sys.executable, "-c", FULL, tmp_path/"pictures"], capture_output=True, text=True, env=os.environ | dict(VAVAE_NB_CACHE=str(disk)))
+        r = subprocess.run([sys.executable, "-c", FULL, tmp_path/"pictures"], capture_output=True, encoding="utf-8", env=os.environ | dict(VAVAE_NB_CACHE=str(disk)))
         assert r.returncode == 0 and "refused:" in r.stdout and "pixels.npy could not be written (No space left" in r.stdout, r.stdout+r.stderr
         assert "make room, or point VAVAE_NB_CACHE at another folder, and call" in r.stdout and not [p for p in disk.rglob(".*")]
     finally: subprocess.run(["umount", disk], check=True)
@@ -275,7 +275,7 @@ LOADS = "import sys\nfrom vavae_nb.config import load_config\nfrom vavae_nb.core
 @pytest.mark.parametrize("text", YAMLS.values(), ids=YAMLS)
 def test_yaml_that_could_take_for_ever(text, tmp_path):
     (tmp_path/"config.yaml").write_text(text+"\n", encoding="utf-8")
-    r = subprocess.run([sys.executable, "-c", LOADS, str(tmp_path/"config.yaml")], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, "-c", LOADS, str(tmp_path/"config.yaml")], capture_output=True, encoding="utf-8", timeout=300)
     assert r.stdout.startswith(f"refused: {tmp_path/'config.yaml'} "), r.stdout+r.stderr
 
 def test_settings_of_the_command_line_are_read_with_the_same_limits():
@@ -356,7 +356,7 @@ assert Evaluation.load(out/"e.json") == e
 def test_files_are_utf8_whatever_the_locale(tmp_path):
     (tmp_path/"given.yaml").write_text("data: {source: Müller}\n", encoding="utf-8")
     env = {k: v for k,v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    r = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, encoding="utf-8", env=env)
     assert r.returncode == 0, r.stderr
 
 TEXTS = re.compile(r"\.(read_text|write_text)\((?!.*encoding=)|(?<![\w.])open\((?!.*(encoding=|\"r?w?a?\+?b|\"rb|\"wb))")

@@ -10,7 +10,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
 PURE = ["processes", "checkpoints", "tokenizer.adversarial", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
         "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "metrics.latents", "evaluation", "latents"]
 
-def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
 
 def test_export_is_in_sync(tmp_path):
     for name in ("nbs", "vavae_nb", "settings.ini", "setup.py", "_quarto.yml"):
@@ -18,7 +18,7 @@ def test_export_is_in_sync(tmp_path):
         shutil.copytree(src, tmp_path/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "embedded")) if src.is_dir() else shutil.copy(src, tmp_path/name)
     shutil.rmtree(tmp_path/"vavae_nb"); (tmp_path/"vavae_nb").mkdir()
     shutil.copy(ROOT/"vavae_nb/__init__.py", tmp_path/"vavae_nb/__init__.py")
-    r = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     files = lambda d: {p.relative_to(d).as_posix(): p.read_text(encoding="utf-8") for p in (d/"vavae_nb").rglob("*.py")}
     made, kept = files(tmp_path), files(ROOT)
@@ -26,7 +26,7 @@ def test_export_is_in_sync(tmp_path):
     assert [k for k in made if made[k] != kept[k]] == [], "these differ from their notebooks: run make export"
 
 def test_readme_is_in_sync():
-    r = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
 
 def test_imports_point_downwards():
@@ -62,7 +62,7 @@ def test_notebook_is_executed_clean_and_small(path):
     assert any(c["outputs"] for c in silent) or not silent, "never executed"
 
 def test_committed_files_name_no_machine():
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8").stdout.split("\0")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.split("\0")
     home = re.compile(r"(?<![\w.])/(?:root|work|home/\w+)/")
     wrong = []
     for f in files:

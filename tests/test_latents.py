@@ -172,7 +172,7 @@ except WriteError as e: print("refused:", e)
 """
 def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     code = FULL.format(here=str(Path(__file__).parent), out=str(tmp_path/"z"))
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert "refused:" in r.stdout and "could not be written" in r.stdout and "make room" in r.stdout, r.stdout+r.stderr
     assert len(shard_files(tmp_path/"z")) == 3 and all(open_shard(p) for p in shard_files(tmp_path/"z")) and not list((tmp_path/"z").glob(".*"))
 

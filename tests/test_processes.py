@@ -114,7 +114,7 @@ def test_real_launchers(work, tmp_path):
     for name,launcher in dict(one=None, torchrun=torchrun, accelerate=accelerate).items():
         for command in (["vavae_nb.extract", "--tokenizer", work, "--out", tmp_path/name/"z", "--per-shard", 1000, "--precision", "fp32"],
                         ["vavae_nb.evaluate", "reconstruction", "--tokenizer", work, "-n", 100, "--extractor", "alexnet", "--lpips", "none", "--out", tmp_path/name/"e.json"]):
-            r = subprocess.run([sys.executable, "-m", *(launcher or []), *(["-m"] if launcher else []), *map(str, command), "--device", "cpu"], capture_output=True, text=True, encoding="utf-8", env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
+            r = subprocess.run([sys.executable, "-m", *(launcher or []), *(["-m"] if launcher else []), *map(str, command), "--device", "cpu"], capture_output=True, encoding="utf-8", env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
             assert r.returncode == 0, r.stdout+r.stderr
         figure[name] = figures(tmp_path/name/"e.json")
         assert sum(len(load_tensors(p)[0]["labels"]) for p in shard_files(tmp_path/name/"z")) == 5000

@@ -237,7 +237,7 @@ print(tok.fingerprint())
 try: to_diffusers(tok)
 except ConfigError as e: print(e)
 """
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     assert r.stdout.startswith(tok.fingerprint()) and "pip install diffusers" in r.stdout
 

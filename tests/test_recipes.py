@@ -10,7 +10,7 @@ from vavae_nb.training.stages import run_stages
 NAMES = [k.removeprefix("imagenet256-") for k in recipes if k.startswith("imagenet256-")]
 
 def command(*args):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *args], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *args], capture_output=True, encoding="utf-8")
     return r.returncode, r.stdout, r.stderr
 
 def test_every_row_and_curve_is_there():

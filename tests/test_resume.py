@@ -4,7 +4,7 @@ from pathlib import Path
 import psutil, pytest
 
 def report(folder, kills, *more):
-    r = subprocess.run([sys.executable, Path(__file__).parent/"resume_worker.py", folder, str(kills), *more], capture_output=True, text=True, encoding="utf-8", timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    r = subprocess.run([sys.executable, Path(__file__).parent/"resume_worker.py", folder, str(kills), *more], capture_output=True, encoding="utf-8", timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert r.returncode == 0, r.stderr[-3000:]
     return json.loads((folder/"report.json").read_text(encoding="utf-8"))
 
@@ -42,7 +42,7 @@ def test_twenty_kills(tmp_path): check_kills(report(tmp_path, 20)["kills"], 20)
 def test_launchers_do_the_whole_run(launcher, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     args = ["-m", "vavae_nb.train", "--recipe", "smoke", "--device", "cpu", "--out", tmp_path/"run", "--set", "tokenizer.ch=16", "tokenizer.latent_dim=4", "dit.depth=1", "evaluation.extractors=alexnet", "data.limit=100"]
-    r = subprocess.run([sys.executable, "-m", *launcher, *map(str, args)], capture_output=True, text=True, encoding="utf-8", timeout=1500, env=env)
+    r = subprocess.run([sys.executable, "-m", *launcher, *map(str, args)], capture_output=True, encoding="utf-8", timeout=1500, env=env)
     assert r.returncode == 0, r.stdout[-2000:]+r.stderr[-3000:]
     assert r.stdout.count("reconstruction of") == 1 # One of them speaks
     assert set(json.loads((tmp_path/"run"/"state.json").read_text(encoding="utf-8"))) == {"tokenizer", "latents", "dit", "sample", "evaluate"}

@@ -157,9 +157,9 @@ def test_unusable_npz(arrays, message, tmp_path):
     with pytest.raises(DataError, match=message): load_samples(tmp_path/"x.npz")
 
 def test_options_with_dashes_and_no_torch_for_help():
-    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.sample; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-c", "import sys, vavae_nb.sample; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"], capture_output=True, encoding="utf-8")
     assert r.stdout.strip() == "[]", r.stderr
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--cfg-scale", "two"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--cfg-scale", "two"], capture_output=True, encoding="utf-8")
     assert r.returncode == 2 and "argument --cfg-scale: invalid float value" in r.stderr
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--run", "x", "--format", "gif"], capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", "--run", "x", "--format", "gif"], capture_output=True, encoding="utf-8")
     assert r.returncode == 2 and "invalid choice: 'gif'" in r.stderr

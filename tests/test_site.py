@@ -27,7 +27,7 @@ def anchors(path):
 @pytest.fixture(scope="module")
 def staged():
     "The folder of staged pages"
-    r = subprocess.run([sys.executable, ROOT/"tools/stage.py"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run([sys.executable, ROOT/"tools/stage.py"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     return PROC
 
@@ -117,7 +117,7 @@ def test_sliders_of_the_page_compute_what_the_widget_does(staged):
     assert page in "".join(map(text, cells(staged/"91_explorer.ipynb", "markdown")))
     times, js = Times(), re.search(r"^const sigmoid.*?^}$", page, re.M|re.S)[0]
     for mean,std,shift in ((0., 1., .3), (-1.2, 1.7, .3), (1., .5, 2.)):
-        out = subprocess.run(["node", "-e", f"{js}; console.log(JSON.stringify(numbers({mean}, {std}, {shift})))"], capture_output=True, text=True, encoding="utf-8", check=True).stdout
+        out = subprocess.run(["node", "-e", f"{js}; console.log(JSON.stringify(numbers({mean}, {std}, {shift})))"], capture_output=True, encoding="utf-8", check=True).stdout
         assert {k: pytest.approx(v, abs=.01) for k,v in json.loads(out).items() if k != "curves"} == {k: v for k,v in times.at(mean=mean, std=std, shift=shift).items() if k in out}
 
 def test_architecture_shows_the_rooms_of_today():
@@ -126,7 +126,7 @@ def test_architecture_shows_the_rooms_of_today():
 def rendered(staged, folder, *names):
     "Pages as Quarto makes them, from a copy"
     shutil.copytree(staged, folder, ignore=shutil.ignore_patterns("_docs", ".quarto"))
-    r = subprocess.run(["quarto", "render", *names, "--no-execute"], cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    r = subprocess.run(["quarto", "render", *names, "--no-execute"], cwd=folder, capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr[-2000:]
     return folder/"_docs"
 

@@ -10,7 +10,7 @@ SMALL = ["--recipe", "smoke", "--device", "cpu", "--set", "tokenizer.ch=16", "to
          "evaluation.extractors=alexnet", "evaluation.images=40"]
 
 def train(*args, cwd=None):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args)], capture_output=True, text=True, encoding="utf-8", cwd=cwd)
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args)], capture_output=True, encoding="utf-8", cwd=cwd)
     return r.returncode, r.stdout, r.stderr
 
 def refused(*args, cwd=None):
@@ -135,5 +135,5 @@ def test_the_tiny_recipe_reaches_its_quality(tmp_path):
 
 @pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, text=True, encoding="utf-8", env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, encoding="utf-8", env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
     assert r.returncode == 0 and "torch.compile failed" in r.stderr and (tmp_path/"run"/"metrics.json").exists(), r.stdout+r.stderr

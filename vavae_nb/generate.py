@@ -251,7 +251,7 @@ def versions(
 )->dict:
     "What a number depends on beside its settings: versions, commit, device, threads, precision"
     def git(*args):
-        r = subprocess.run(["git", "-C", str(Path(vavae_nb.__file__).parent), *args], capture_output=True, text=True)
+        r = subprocess.run(["git", "-C", str(Path(vavae_nb.__file__).parent), *args], capture_output=True, encoding="utf-8")
         return r.stdout.strip() if r.returncode == 0 else ""
     try: commit = git("rev-parse", "HEAD")+("+changes" if git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results") else "") # What is written there changes no number
     except OSError: commit = ""
