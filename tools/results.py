@@ -1,14 +1,25 @@
 """results/NAME.json from finished run folders of one configuration and several seeds, and their pictures for the README.
 
     python tools/results.py tiny runs/tiny runs/tiny-seed=1 runs/tiny-seed=2
+    python tools/results.py times make-train-avx2 runs/tiny
 
-Means and standard deviations over the seeds; times from the first run. Refuses runs of another configuration, data set or version.
+The second form keeps only how long the stages of one run took, and on what. Means and standard deviations over the seeds; times from the first run. Refuses runs of another configuration, data set or version.
 """
 import json, shutil, statistics, sys
 from pathlib import Path
 from vavae_nb.config import differences, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+
+def times(name, folder):
+    "How long the stages of a run took on this machine"
+    import torch
+    run = Path(folder)
+    prov = json.loads((run/"metrics.json").read_text())["provenance"]
+    stages = {k: v["seconds"] for k, v in json.loads((run/"state.json").read_text()).items()}
+    result = dict(command="make train", seconds=round(sum(stages.values())), stages=stages, cpu=torch.backends.cpu.get_cpu_capability()) | prov
+    (ROOT/"results"/f"{name}.json").write_text(json.dumps(result, indent=1)+"\n")
+    print(json.dumps(result, indent=1))
 
 def main(name, *folders):
     runs = [Path(f) for f in folders]
@@ -40,4 +51,5 @@ def main(name, *folders):
 
 if __name__ == "__main__":
     if len(sys.argv) < 3: sys.exit(__doc__)
-    main(*sys.argv[1:])
+    if sys.argv[1] == "times": times(*sys.argv[2:])
+    else: main(*sys.argv[1:])
