@@ -13,7 +13,7 @@ from typing import Iterator
 import torch, vavae_nb
 from safetensors import SafetensorError
 from torch import Tensor
-from .core import CheckpointError, ConfigError, Stopped, VavaeError, atomic_write, read_json, sha256_file
+from .core import CheckpointError, ConfigError, Stopped, VavaeError, atomic_write, read_json, sha256_file, sync_names
 from .tensors import load_tensors, save_tensors
 
 # %% ../nbs/47_checkpoints.ipynb #9fee24c8
@@ -37,11 +37,6 @@ def _unflatten(node, tensors):
     return tensors[node[""]] if "" in node else {k: _unflatten(v, tensors) for k,v in node.items()}
 
 # %% ../nbs/47_checkpoints.ipynb #fa6579e7
-def _sync(folder): # Names are data of the folder
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 def _mb(n): return f"{n/1e6:,.1f} MB"
 
 def _apart(tensors):
@@ -83,9 +78,9 @@ class Checkpoints:
             if need > shutil.disk_usage(self.folder).free: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             save_tensors(part := self.folder/f"{stem}.safetensors", dict(_apart(tensors)), dict(step=step, score=score, state=tree), checksum=False)
             info = dict(step=step, score=score, sha256=sha256_file(part), bytes=part.stat().st_size, vavae_nb=vavae_nb.__version__, torch=torch.__version__)
-            os.replace(part, data := self._data(step, info)); _sync(self.folder)
-            with atomic_write(self._json(step)) as tmp: tmp.write_text(json.dumps(info, indent=1))
-            _sync(self.folder)
+            os.replace(part, data := self._data(step, info))
+            sync_names(self.folder)
+            with atomic_write(self._json(step)) as tmp: tmp.write_text(json.dumps(info, indent=1), encoding="utf-8")
         except (OSError, SafetensorError) as e:
             self._sweep()
             raise VavaeError(f"the checkpoint of step {step} could not be written ({getattr(e, 'strerror', None) or e}): it takes {_mb(need)}, and "
@@ -221,7 +216,7 @@ class RunLock:
     def _open(self): # Not through a link: what it points to would be emptied
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", encoding="utf-8")
+            return os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
         except OSError as e:
             if self.path.is_symlink(): raise ConfigError(_linked(self.path)) from None
             raise ConfigError(f"{self.path.parent} cannot be written ({e.strerror}); give another folder") from None
@@ -263,10 +258,11 @@ class StopSignals:
         if os.getpid() != self._pid: # A forked worker; its parent decides about Ctrl-C
             if signum != signal.SIGINT: os._exit(128+signum)
             return
-        first, self.signum = self.signum is None, signum # Noted before it is raised: what a destructor raises is lost
+        asked, self.signum = self.signum, signum # Noted before it is raised: what a destructor raises is lost
         self._leave_terminals()
-        if not (self._depth and first): raise Stopped(signum)
-        said = f"\n{signal.Signals(signum).name}: saving a checkpoint and stopping; again to stop at once\n"
+        if not self._depth or asked and signum == signal.SIGINT: raise Stopped(signum)
+        if asked: return # A request may come twice: from a terminal and its shell, from a launcher and its end
+        said = f"\n{signal.Signals(signum).name}: saving a checkpoint and stopping; Ctrl-C to stop at once\n"
         with suppress(OSError): os.write(2, said.encode()) # Not print, which may be what it interrupts
 
     def _leave_terminals(self): # One that was closed would fail the next progress bar, before the checkpoint

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'CheckpointError', 'ShapeError', 'LabelError', 'WriteError',
            'Stopped', 'nearest_name', 'unknown_name', 'one_line', 'as_label', 'quiet_glyphs', 'as_markdown', 'as_latex',
-           'as_html', 'writing', 'atomic_write', 'sweep_temporary', 'sha256_file', 'cache_dir', 'keep_on_disk',
-           'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
+           'as_html', 'writing', 'sync_names', 'atomic_write', 'sweep_temporary', 'sha256_file', 'cache_dir',
+           'keep_on_disk', 'read_text', 'parse_json', 'read_json', 'spoken', 'ProgressLines', 'progress']
 
 # %% ../nbs/00_core.ipynb #f5c0a959
 import difflib, errno, functools, getpass, hashlib, html, json, os, re, shutil, signal, stat, sys, tempfile, time
@@ -144,7 +144,9 @@ def _said(e, files):
         if re.fullmatch(r"\d+ requested and \d+ written", str(e)): return None, str(e) # numpy's
         e = e.__cause__ or e.__context__
 
-def _cache(): return Path(os.environ.get("VAVAE_NB_CACHE") or Path.home()/".cache"/"vavae_nb")
+def _cache():
+    home = os.path.expanduser("~") # Unchanged where this user has none
+    return Path(os.environ.get("VAVAE_NB_CACHE") or Path(os.devnull if home == "~" else home)/".cache"/"vavae_nb")
 
 def _sentence(path, number, words, kept):
     cached, there = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(_cache())), Path(path)
@@ -174,7 +176,10 @@ def _lock(fd): # Held; or `False`: somebody else holds it; or `None`: there are 
     except BlockingIOError: return False
     except (OSError, AttributeError): return None
 
-def _sync_names(folder): # Names are data of the folder; not every file system takes the request
+def sync_names(
+    folder:str|Path, # In which files got their names
+):
+    "Names are data of the folder: put them on the disk, where the file system takes the request"
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try: os.fsync(fd)
@@ -182,8 +187,9 @@ def _sync_names(folder): # Names are data of the folder; not every file system t
 
 @contextmanager
 def atomic_write(
-    path:str|Path, # Final name of the file
-)->Iterator[Path]: # Temporary name to write to, in the same folder
+    path:str|Path,     # Final name of the file
+    alone:bool=True,   # Sync the folder, too? For many files `sync_names` can do it once
+)->Iterator[Path]:     # Temporary name to write to, in the same folder
     "Write a file so that `path` is either the whole new file or what it was before; a failure is a `WriteError`"
     path, names, fd = Path(path), [], None
     kept = ": nothing of it is left" + (", and the file before is as it was" if os.path.exists(path) else "")
@@ -197,7 +203,7 @@ def atomic_write(
             os.chmod(tmp, 0o644) # Both mkstemp and safetensors make files that only their owner can read
             with open(tmp, "rb") as f: os.fsync(f.fileno())
             os.replace(tmp, path)
-        _sync_names(path.parent)
+        if alone: sync_names(path.parent)
     finally:
         with suppress(OSError): # Of a disk that fails, the first error is the one to tell
             for tmp in names: os.unlink(tmp)
@@ -238,7 +244,7 @@ def sha256_file(
 def cache_dir(
     name:str="", # Sub-folder
 )->Path:         # An existing folder
-    "For what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or else a folder for temporary files"
+    "For what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or, where that cannot be made, a temporary one"
     p = _cache()/name
     try:
         with writing(p): p.mkdir(parents=True, exist_ok=True)

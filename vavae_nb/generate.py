@@ -20,7 +20,7 @@ from torch import Tensor
 import vavae_nb
 from .config import Config, Sampling
 from .core import CheckpointError, ConfigError, DataError, LabelError, VavaeError
-from .core import as_label, atomic_write, quiet_glyphs, read_json, sha256_file, unknown_name
+from .core import as_label, atomic_write, quiet_glyphs, read_json, sha256_file, sync_names, unknown_name
 from .core import progress as progress_bar
 from .dit.model import LightningDiT
 from .flow.ddpm import ddpm_sample
@@ -341,11 +341,12 @@ def write_folder(
     def save(i, x, c):
         path = folder/f"{i:06d}-{c:04d}{'-'+safe(names[c]) if names else ''}.png"
         if not path.exists():
-            with atomic_write(path) as tmp: Image.fromarray(x).save(tmp)
+            with atomic_write(path, alone=False) as tmp: Image.fromarray(x).save(tmp)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in progress_bar(samples.starts, "images/*.png", unit="chunk"):
             x, y, _ = samples.read(start)
             list(pool.map(save, range(start, start+len(x)), x, y.tolist()))
+    sync_names(folder)
     return folder
 
 def write_grid(

@@ -72,9 +72,10 @@ def _of_array(pixels, name, fingerprint="", labels=None):
     if not len(pixels): raise DataError(f"{name} holds no images")
     labels = np.zeros(len(pixels), int) if labels is None else np.asarray(labels)
     if labels.shape != pixels.shape[:1]: raise DataError(f"{name} holds {len(pixels)} images but {labels.size} labels")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 10**6:
-        raise DataError(f"the labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}; "
-                        "they must be whole numbers from 0 to a million")
+    numbers = labels.dtype.kind in "iu"
+    if not numbers or labels.min() < 0 or labels.max() > 10**6:
+        there = f"{labels.dtype}"+(f" from {labels.min()} to {labels.max()}" if numbers else "")
+        raise DataError(f"the labels of {name} are {there}; they must be whole numbers from 0 to a million")
     return Images(pixels, labels, [str(i) for i in range(labels.max()+1)], name, fingerprint or pixels_sha256(pixels, []))
 
 def load_images(

@@ -167,7 +167,7 @@ def cached_features(
     if max_over(torch.tensor(float(not path.is_file()), device=vfm.mean.device)): _write_features(path, shape, vfm, images, batch_size, precision)
     if not path.is_file(): raise DataError(f"the first process wrote {path}, but this one does not see it; point VAVAE_NB_CACHE at a folder that all processes share")
     try: return np.load(path, mmap_mode="r")
-    except ValueError as e:
+    except (ValueError, EOFError) as e:
         raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #2c61d790

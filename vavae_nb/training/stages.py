@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoints, RunLock, StopSignals, refuse_links
 from ..config import Config, check_settings, differences, flat, load_config, save_config
 from ..core import CheckpointError, ConfigError, DataError
-from ..core import atomic_write, keep_on_disk, read_json, sweep_temporary, unknown_name
+from ..core import atomic_write, keep_on_disk, read_json, sweep_temporary, unknown_name, writing
 from ..data import Images, first_of_each, load_data
 from ..dit.model import LightningDiT, compile_blocks, count_params, flops_per_image
 from ..evaluation import evaluate_reconstruction
@@ -25,7 +25,7 @@ from ..flow.path import paths, predictions, time_dists
 from ..flow.sampler import solvers
 from ..generate import SampleSet, draw_chunks, finish, generate_images, image_batches, load_samples
 from ..generate import picture, save_grid, settings_of, versions
-from ..latents import extract_shards, load_latents, record_statistics
+from ..latents import check_shards, extract_shards, load_latents, record_statistics
 from ..metrics.features import EXTRACTORS, extract_features, feature_extractor
 from ..metrics.quality import FeatureStats, fd, nearest_neighbours, psnr
 from ..metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d
@@ -93,7 +93,7 @@ class Run:
     def _write(self, state):
         wait() # Until all have read what there was
         if is_first():
-            with atomic_write(self.out/"state.json") as tmp: tmp.write_text(json.dumps(state, indent=1))
+            with atomic_write(self.out/"state.json") as tmp: tmp.write_text(json.dumps(state, indent=1), encoding="utf-8")
         wait()
 
     def checkpoints(self, stage)->Checkpoints: return Checkpoints(self.out/"checkpoints"/stage, self.cfg.saving.keep)
@@ -143,7 +143,7 @@ def run_stages(
     check_settings(cfg)
     check_names(cfg)
     with RunLock(out) if is_first() else nullcontext():
-        if is_first(): sweep_temporary(out, age=0, deep=True) # This process has the lock, and the others wait in Run
+        if is_first(): _sweep(Path(out)) # This process has the lock, and the others wait in Run
         run = Run(cfg, out, stop)
         wanted = stages if only == "all" else (only,)
         if "dit" not in run.state: _rehearse(run)
@@ -153,6 +153,14 @@ def run_stages(
             if stage in run.state: print(f"{stage}: done before, in {run.state[stage]['seconds']:.0f} s")
             else: _do(run, stage)
     return run
+
+def _sweep(out):
+    "Remove what killed processes left in a run folder, and in nothing that is none"
+    if not (out/"config.yaml").exists(): # Killed while it wrote its first file, at the most
+        for left in out.glob(".config.yaml.*.part.yaml"): left.unlink()
+        return
+    sweep_temporary(out, age=0)
+    for name in ("checkpoints", "latents", "drawn", "progress"): sweep_temporary(out/name, age=0, deep=True)
 
 def _do(run, stage):
     "One stage: its work, then its record, and only then the removal of what it went on from"
@@ -373,7 +381,7 @@ def run_evaluate(run:Run)->dict:
     result = dict(provenance=provenance(run), reconstruction=_reconstruction(run), generation=_generation(run))
     if not is_first(): return
     result |= dict(uniformity=_uniformity(run), seconds={k: v["seconds"] for k,v in run.state.items()})
-    with atomic_write(run.out/"metrics.json") as tmp: tmp.write_text(json.dumps(result, indent=1))
+    with atomic_write(run.out/"metrics.json") as tmp: tmp.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 # %% ../../nbs/53_training.stages.ipynb #261f485d
 def _subset(images, n): return images if len(images) <= n else images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
@@ -422,10 +430,13 @@ def _generation(run):
 # %% ../../nbs/53_training.stages.ipynb #99eaaf44
 def _uniformity(run):
     tok, folder = run.tokenizer(), run.file("latents", "latents")
-    _make_shards(run, tok, (0, 1)) # Only the first process measures this
     latents = load_latents(folder, tok, check=False)
     n, seed = min(run.cfg.evaluation.tsne_points, len(latents)), run.cfg.seed
     if n < 10: return dict(n=n, note="too few latents for a density")
+    try: check_shards(folder)
+    except DataError: # Damaged ones are made again; only the first process measures this
+        _make_shards(run, tok, (0, 1))
+        latents = load_latents(folder, tok, check=False)
     perplexity = min(30., (n-1)/3) # 30 as published, where there are enough
     some = torch.randperm(len(latents), generator=generator(seed, "uniformity, images"))[:n]
     v = latent_vectors(latents.batch(some), n, generator(seed, "uniformity"))
@@ -493,8 +504,10 @@ def adopt_tokenizer(
         for file in (theirs/"tokenizer.safetensors", *sorted((theirs/"latents").iterdir())):
             to = run.out/file.relative_to(theirs)
             to.parent.mkdir(exist_ok=True)
-            with atomic_write(to) as tmp:
-                tmp.unlink() # A link to the file, or else a copy of it, takes its name
-                try: os.link(file, tmp)
-                except OSError: shutil.copy(file, tmp)
+            new = to.with_name(f".{to.name}.adopted_.part") # Swept like any temporary file, if this is killed
+            new.unlink(missing_ok=True)
+            with writing(to, [new]):
+                try: os.link(file, new)
+                except OSError: shutil.copy(file, new)
+                os.replace(new, to)
         for stage in stages[:2]: run.record(stage, **done[stage] | dict(taken_from=str(theirs)))
