@@ -1,5 +1,5 @@
 """Trainings that are killed, stopped and moved, for test_resume: `python resume_worker.py FOLDER KILLS [stopped] [moved]`. Everything is imported once, then each training is a fork; writes FOLDER/report.json."""
-import csv, json, os, random, signal, sys, time, traceback
+import csv, json, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
 import timm, torch, torch._dynamo # What every training would import anew, the latter for DistributedDataParallel
 from together import together, usual_signals
@@ -67,9 +67,10 @@ def kills(folder, n, longer, seed=0):
     "The same run unbroken, and killed n times"
     start = time.time()
     assert ended(fork(folder/"whole", TRAININGS)) == 0, (folder/"whole.txt").read_text(encoding="utf-8")
-    whole, rng, at = time.time()-start, random.Random(seed), []
-    for k in range(n):
-        if k % 3 == 2: # In the middle of writing a checkpoint
+    whole, rng, at, differ = time.time()-start, random.Random(seed), [], []
+    killed = lambda: sum(status == -signal.SIGKILL for status,_ in at)
+    while killed() < n and len(at) < 4*n:
+        if killed() % 3 == 2: # In the middle of writing a checkpoint
             status = ended(fork(folder/"killed", TRAININGS, before=dies_in_the_write(rng.randint(1, 4))))
         else:
             seen, more, began = saved(folder/"killed"), rng.randint(0, 2), time.time()
@@ -78,9 +79,12 @@ def kills(folder, n, longer, seed=0):
             time.sleep(rng.uniform(0, .5)*(time.time()-began)/more if more else rng.uniform(.05, .2)*whole/longer)
             os.kill(pid, signal.SIGKILL); status = ended(pid)
         at.append([status, {s: Checkpoints(folder/"killed"/"checkpoints"/s).steps()[-1:] for s in ("tokenizer", "dit")}])
-        if status == 0: break
+        if status == 0: # It ended before it was killed: the next one begins anew
+            differ += differences(folder/"whole", folder/"killed")
+            shutil.rmtree(folder/"killed")
     done = ended(fork(folder/"killed", TRAININGS))
-    return dict(kills=sum(s == -signal.SIGKILL for s,_ in at), status=done, at=at, seconds=whole, differ=differences(folder/"whole", folder/"killed"))
+    differ += differences(folder/"whole", folder/"killed")
+    return dict(kills=killed(), status=done, at=at, seconds=whole, differ=differ)
 
 def differences(a, b):
     "Files and log rows of two runs that are not the same"
