@@ -263,7 +263,7 @@ print(json.dumps(got))
 def test_signals_and_locks(tmp_path):
     got = forking(SIGNALS, tmp_path)
     for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("hup", 129, "stopped by SIGHUP; call"), ("worker", 143, "SIGTERM; call"),
-                             ("ignored", 0, ""), ("deferred-hup", 129, "SIGHUP: saving"), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; again to stop at once"),
+                             ("ignored", 0, ""), ("deferred-hup", 129, "SIGHUP: saving"), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; Ctrl-C to stop at once"),
                              ("deferred-int", 130, "SIGINT: saving"), ("deferred-twice", 130, "stopped by SIGINT")):
         code, text, steps, locked = got[name]
         assert code == status and said in text and "Traceback" not in text and not locked, (name, got[name])
