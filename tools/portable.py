@@ -169,6 +169,7 @@ def main():
             row["tests"] = counted(passed) | dict(skipped=skipped)
         row["seconds"] = round(time.time()-start)
         table["settings"][name] = row
+        table["commit"] = row["commit"] # Of the last one
         a.out.write_text(json.dumps(table, indent=1, ensure_ascii=False)+"\n", encoding="utf-8")
         failed += [(one, name) for part in ("notebooks", "tests") for one in row.get(part, {}).get("failed", ())]
     print()
