@@ -4,8 +4,8 @@ At the end stands everything that failed, with the command that repeats it.
 
     python tools/check.py [--minutes 14]
 
-The three settings that differ most for their price are tried on the notebooks that train. The minutes that are left
-go to one more setting, another one each day, on the other notebooks.
+The notebooks that train are run in three settings, the first of which computes as this machine does; all others as it
+is here. The minutes that are left go to one more setting, another one each day, on those others.
 `make test-portable` tries all settings on everything (tools/portable.py).
 """
 import argparse, datetime, sys, time
@@ -13,7 +13,7 @@ from pathlib import Path
 from portable import ROOT, SETTINGS, repeat, run_notebooks, run_tests
 
 TRAINING = ("50_", "51_", "52_", "53_", "70_", "71_") # How their names begin
-CHEAPEST = ("signals-ignored", "seed-1", "aten-default")
+CHEAPEST = ("signals-ignored", "seed-1", "aten-default") # Of those that differ in kind
 
 
 def of_the_day():
@@ -30,7 +30,8 @@ def main():
     start = time.time()
     notebooks = sorted(q.relative_to(ROOT).as_posix() for q in (ROOT/"nbs").glob("*.ipynb"))
     training = [n for n in notebooks if Path(n).name.startswith(TRAINING)]
-    results = {"as-it-is": dict(run_notebooks(SETTINGS["as-it-is"]))}
+    others = [n for n in notebooks if n not in training]
+    results = {"as-it-is": run_notebooks(SETTINGS["as-it-is"], others)}
     results["as-it-is"] |= run_tests(SETTINGS["as-it-is"])[0]
     for name in CHEAPEST:
         print(f"\nthe notebooks that train, in the setting {name}: {SETTINGS[name].stands_for}", flush=True)
@@ -38,7 +39,7 @@ def main():
     name, left = of_the_day(), a.minutes-(time.time()-start)/60
     if left > 0:
         print(f"\nthe setting of the day, {name}: {SETTINGS[name].stands_for}", flush=True)
-        results[name] = run_notebooks(SETTINGS[name], [n for n in notebooks if n not in training], left)
+        results[name] = run_notebooks(SETTINGS[name], others, left)
     failed = [(one, setting) for setting, passed in results.items() for one, ok in passed.items() if not ok]
     passed = sum(map(len, results.values()))-len(failed)
     print(f"\n{passed} passed, {len(failed)} failed in {(time.time()-start)/60:.0f} minutes")
