@@ -324,7 +324,7 @@ def report(k, a):
                  trained_twice_after=k.twice, swallowed=sum(o["status"] == 0 for o in k.kills))
     left = dict(leftovers=sorted({f"run{e['run']}/{f}" for e in k.ends for f in e["leftovers"]}),
                 leftovers_in_cache=leftovers(k.folder/"cache"), locks_left=sum(e["lock"] for e in k.ends),
-                checkpoints_or_chunks_left=sum(bool(e["more"]) for e in k.ends))
+                checkpoints_or_chunks_left=sorted({f"run{e['run']}/{f}" for e in k.ends for f in e["more"]}))
     by["every_kill"] = list(map(described, k.kills))
     return dict(seed=a.seed, kills=len(k.kills)) | by | ends | twice | left
 
@@ -348,9 +348,9 @@ def run(a):
     result = how | report(k, a)
     save(a, __doc__, result)
     keys = ("kills", "by_way", "by_stage", "statuses", "runs_ended", "runs_that_differ", "trained_twice",
-            "trained_twice_by_stage", "swallowed", "locks_left", "checkpoints_or_chunks_left")
+            "trained_twice_by_stage", "swallowed", "locks_left")
     for key in keys: print(f"{key:27} {result[key]}")
-    for key in ("failures", "leftovers", "leftovers_in_cache"): print(f"{key:27} {len(result[key])}")
+    for key in ("failures", "leftovers", "leftovers_in_cache", "checkpoints_or_chunks_left"): print(f"{key:27} {len(result[key])}")
     if not a.folder: shutil.rmtree(folder)
     sys.exit(int(bool(result["trained_twice"] or result["runs_that_differ"] or result["failures"])))
 

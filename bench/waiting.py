@@ -3,9 +3,8 @@
     python bench/waiting.py [--rounds 5] [--steps 20]
 
 The library of threads reads how to wait when it is loaded, so each measurement is a process of its own: steps of
-LightningDiT and of the tokenizer of `tiny`, their median. The baseline spins, as the library does by itself; ours is how
-the commands set it (`commands.spin_briefly`); beside them a tenth of that, and sleeping at once. Alone, ours should
-cost 3 % at most.
+LightningDiT and of the tokenizer of `tiny`, their median. The baseline spins, as the library does by itself. The commands
+(`commands.choose_waiting`) wait as ours where they are alone, which should cost 3 % at most, and asleep beside others.
 Writes results/bench-waiting.json.
 """
 import json, os, statistics, subprocess, sys

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['vendor_peaks', 'build_tokenizer', 'build_dit', 'saved_bytes', 'forward_flops', 'data_counts', 'plan', 'memory',
-           'paper_rate', 'measured_rate', 'device_hours', 'OtherWork', 'Rates', 'step_rates', 'peak_rate',
-           'hours_between', 'describe', 'recipe_table']
+           'paper_rate', 'measured_rate', 'device_hours', 'Rates', 'step_rates', 'peak_rate', 'hours_between',
+           'describe', 'recipe_table']
 
 # %% ../nbs/37_plan.ipynb #28e3ae25
 import functools, os, re, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterable
-import psutil, torch, yaml
+import torch, yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from .commands import OtherWork
 from .config import Config
 from .core import ConfigError, keep_on_disk, unknown_name
 from .data import class_files
@@ -183,22 +184,6 @@ def device_hours(
     return hours | {"all": sum(hours.values())}
 
 # %% ../nbs/37_plan.ipynb #2eda360c
-class OtherWork:
-    "What other processes want of the cores while a block runs: `with OtherWork() as other: …`"
-    cores:float = 0.     # That they kept busy, on average
-    crowded:bool = False # Was there less than a core for each thread of this process?
-    def __enter__(self):
-        self.start = self._now()
-        return self
-    def __exit__(self, *_):
-        wall, machine, own = (b-a for a,b in zip(self.start, self._now()))
-        self.cores = max(0., machine-own)/wall
-        self.crowded = self.cores > .25 and self.cores+torch.get_num_threads() > os.cpu_count()+.1
-    def _now(self): # Seconds on the clock, of work on all cores, and of this process's own
-        idle = ("idle", "iowait", "guest", "guest_nice") # What guests do is counted twice
-        machine = sum(v for k,v in psutil.cpu_times()._asdict().items() if k not in idle)
-        return time.perf_counter(), machine, time.process_time()
-
 @dataclass(frozen=True)
 class Rates:
     "What steps of a configuration's networks reach, FLOP/s by stage"
@@ -258,9 +243,10 @@ def step_rates(
                      latents=asked(reconstruction, image, cfg.evaluation.batch_size),
                      dit=trained(dit, velocity, flops_per_image(dit), d, cfg.precision),
                      sample=asked(velocity, flops_per_image(dit), 2*cfg.evaluation.batch_size))
+    crowded = other.cores > .25 and other.cores+torch.get_num_threads() > os.cpu_count()+.1 # Less than a core for each thread
     now = {k: rate for k,(rate,_) in found.items()}
     alone = {k: rate/share for k,(rate,share) in found.items()}
-    return Rates(now, alone if other.crowded else now, other.cores)
+    return Rates(now, alone if crowded else now, other.cores)
 
 # %% ../nbs/37_plan.ipynb #59568eb5
 vendor_peaks = { # NVIDIA's data sheets, TFLOP/s, dense, fp32 accumulation: (bf16, TF32, fp32) by the name that the driver gives
