@@ -15,10 +15,12 @@ from nbdev.frontmatter import _dict2fm
 from nbdev.process import Processor
 from vavae_nb import _modidx
 
+ROOT = Path(__file__).resolve().parent.parent
+
 def sidebar():
     "The notebook and the text of each page in the sidebar, in order"
     flat = lambda o: [page for e in o for page in (flat(e["contents"]) if "contents" in e else [(e["href"], e["text"])])]
-    return flat(yaml.safe_load((get_config().nbs_path/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    return flat(yaml.safe_load((ROOT/"nbs/sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
 
 class entitle(Processor):
     "A page of a module is called as in the sidebar, and says the module's name below"
