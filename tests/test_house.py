@@ -1,5 +1,5 @@
 "The house itself: exports in sync, import direction, light imports, small notebooks"
-import ast, json, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -18,7 +18,8 @@ def test_export_is_in_sync(tmp_path):
         shutil.copytree(src, tmp_path/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "embedded")) if src.is_dir() else shutil.copy(src, tmp_path/name)
     shutil.rmtree(tmp_path/"vavae_nb"); (tmp_path/"vavae_nb").mkdir()
     shutil.copy(ROOT/"vavae_nb/__init__.py", tmp_path/"vavae_nb/__init__.py")
-    r = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, encoding="utf-8")
+    env = os.environ | {"PYTHONUTF8": "1"} # nbdev reads files as the locale says, ours are UTF-8
+    r = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
     files = lambda d: {p.relative_to(d).as_posix(): p.read_text(encoding="utf-8") for p in (d/"vavae_nb").rglob("*.py")}
     made, kept = files(tmp_path), files(ROOT)
