@@ -35,7 +35,7 @@ $(BIN)/.ready: settings.ini setup.py constraints.txt weights.txt
 train: setup ## the main job: real images → tokenizer → LightningDiT → new images, 10 to 20 minutes on 2 CPU cores
 	@$(BIN)/python -m vavae_nb.train $(ARGS)
 
-test: setup ## export in sync, every notebook, pytest with the site's pages staged, some of it as on other machines; 15 minutes on 2 cores
+test: setup ## export in sync, every notebook, pytest with the site's pages staged, some of it as on other machines; 15 to 20 minutes on 2 cores
 	@$(BIN)/python tools/check.py
 
 test-portable: setup ## all of it as on other machines, into results/portability.json; hours (SETTINGS="ascii seed-1" for some)
