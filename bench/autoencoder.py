@@ -11,10 +11,10 @@ import copy, statistics
 from functools import partial
 import torch
 from common import agree, compare, options, save, show, start, take_turns
-from vavae_nb.plan import build_tokenizer
-from vavae_nb.published import to_diffusers
-from vavae_nb.recipes import recipe
-from vavae_nb.tensors import autocast, generator
+from vavae_nb.training.networks import build_tokenizer
+from vavae_nb.interop.diffusers import to_diffusers
+from vavae_nb.recipes.paper import recipe
+from vavae_nb.base.tensors import autocast, generator
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 p = options(__doc__, rounds=7)

@@ -11,10 +11,10 @@ Scripts are run by `python bench/NAME.py`, which finds this module beside them, 
 import argparse, json, shlex, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch
-from vavae_nb.commands import keep_freed_memory
-from vavae_nb.core import atomic_write
-from vavae_nb.generate import versions
-from vavae_nb.tensors import pick_device, rel_err, seed_everything, set_tf32
+from vavae_nb.base.commands import keep_freed_memory
+from vavae_nb.base.files import atomic_write
+from vavae_nb.sampling.sets import versions
+from vavae_nb.base.tensors import pick_device, rel_err, seed_everything, set_tf32
 
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ resident set of a process of its own for each size and side (Linux). Writes resu
 """
 import torch
 from common import agree, compare, options, peak, print_peak, save, show, start, take_turns
-from vavae_nb.tensors import generator
+from vavae_nb.base.tensors import generator
 from vavae_nb.tokenizer.vf_loss import distmat_loss
 
 p = options(__doc__)

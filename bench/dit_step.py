@@ -14,11 +14,13 @@ import torch
 from common import agree, compare, options, save, show, start, synchronize, timed
 from fastai.callback.core import Callback
 from published import block, training_step
-from vavae_nb.config import DiTTraining
-from vavae_nb.dit.model import compile_blocks, count_params, create_dit, flops_per_image
-from vavae_nb.latents import Latents
-from vavae_nb.plan import measured_rate
-from vavae_nb.tensors import autocast, generator, resolve_precision, seed_everything
+from vavae_nb.recipes.config import DiTTraining
+from vavae_nb.dit.compiling import compile_blocks
+from vavae_nb.dit.cost import count_params, flops_per_image
+from vavae_nb.dit.model import create_dit
+from vavae_nb.tokenizer.latents import Latents
+from vavae_nb.training.costs import measured_rate
+from vavae_nb.base.tensors import autocast, generator, resolve_precision, seed_everything
 from vavae_nb.training.callbacks import fit_steps
 from vavae_nb.training.dit import dit_learner
 

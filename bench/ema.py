@@ -11,7 +11,8 @@ import torch
 from types import SimpleNamespace
 from common import agree, compare, options, save, show, start, take_turns
 from published import update_ema
-from vavae_nb.dit.model import count_params, create_dit
+from vavae_nb.dit.cost import count_params
+from vavae_nb.dit.model import create_dit
 from vavae_nb.training.callbacks import EMA
 
 p = options(__doc__, rounds=15)

@@ -9,9 +9,10 @@ The goal is an estimate within 25 % of the run. Writes results/bench-estimate.js
 import json, tempfile
 from pathlib import Path
 from common import options, save, start
-from vavae_nb.config import override
-from vavae_nb.plan import plan, step_rates
-from vavae_nb.recipes import recipe
+from vavae_nb.recipes.settings import override
+from vavae_nb.training.costs import plan
+from vavae_nb.training.rates import step_rates
+from vavae_nb.recipes.paper import recipe
 from vavae_nb.training.stages import run_stages
 
 p = options(__doc__)

@@ -15,12 +15,14 @@ import numpy as np, torch
 from PIL import Image
 from skimage import data as photographs
 from common import agree, compare, options, save, show, start, take_turns
-from vavae_nb.config import override
-from vavae_nb.data import center_crop, lazy_folder, to_batch
-from vavae_nb.latents import extract_shards, open_shard
-from vavae_nb.plan import build_tokenizer
-from vavae_nb.recipes import recipe
-from vavae_nb.tensors import ImageNoise, autocast, save_tensors
+from vavae_nb.recipes.settings import override
+from vavae_nb.data.folders import center_crop, lazy_folder
+from vavae_nb.data.images import to_batch
+from vavae_nb.tokenizer.shards import extract_shards, open_shard
+from vavae_nb.training.networks import build_tokenizer
+from vavae_nb.recipes.paper import recipe
+from vavae_nb.base.tensors import ImageNoise, autocast
+from vavae_nb.base.tensor_files import save_tensors
 
 p = options(__doc__, rounds=3)
 p.add_argument("--images", type=int, help="JPEGs (default: 200; on a GPU 1,000)")

@@ -15,8 +15,8 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from common import agree, compare, options, save, show, start, take_turns
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.quality import FeatureStats, frechet_distance
-from vavae_nb.pretrained import inception_network
-from vavae_nb.tensors import generator
+from vavae_nb.base.pretrained import inception_network
+from vavae_nb.base.tensors import generator
 
 p = options(__doc__, rounds=2)
 p.add_argument("--images", type=int, help="whose features are taken (default: 64; on a GPU 10,000)")

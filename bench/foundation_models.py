@@ -9,7 +9,7 @@ count) and by the wall's; as a bf16 module the network runs once, on one image. 
 import argparse, json, resource, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
-from vavae_nb.tensors import generator, has_bf16
+from vavae_nb.base.tensors import generator, has_bf16
 from vavae_nb.tokenizer.foundation import FoundationModel, foundation_cost, paper_vfms
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -26,11 +26,13 @@ import matplotlib.pyplot as plt
 from safetensors import safe_open
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from common import ROOT, save, start
-from vavae_nb.checkpoints import Checkpoints
-from vavae_nb.config import override, save_config
-from vavae_nb.core import VavaeError, cache_dir, spoken
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.recipes.settings import override, save_config
+from vavae_nb.base.errors import VavaeError
+from vavae_nb.base.files import cache_dir
+from vavae_nb.base.progress import spoken
 from vavae_nb.metrics.features import feature_extractor
-from vavae_nb.recipes import recipe
+from vavae_nb.recipes.paper import recipe
 from vavae_nb.train import main
 from vavae_nb.training import stages
 

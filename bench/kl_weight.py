@@ -8,10 +8,11 @@ Tokenizers are those of `python -m vavae_nb.ablations`, in its folder: what is f
 """
 import argparse, json
 import torch
-from vavae_nb.ablations import configuration, shared_tokenizer, tables
-from vavae_nb.config import override
-from vavae_nb.core import atomic_write
-from vavae_nb.generate import versions
+from vavae_nb.paper.tables import configuration, tables
+from vavae_nb.paper.runs import shared_tokenizer
+from vavae_nb.recipes.settings import override
+from vavae_nb.base.files import atomic_write
+from vavae_nb.sampling.sets import versions
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

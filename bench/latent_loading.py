@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from common import compare, memory, options, save, show, start, take_turns
 from safetensors import safe_open
-from vavae_nb.latents import Latents, open_shard, shard_files
-from vavae_nb.tensors import generator, save_tensors
+from vavae_nb.tokenizer.latents import Latents
+from vavae_nb.tokenizer.shards import open_shard, shard_files
+from vavae_nb.base.tensors import generator
+from vavae_nb.base.tensor_files import save_tensors
 
 p = options(__doc__, rounds=15, threads=1, device="cpu")
 p.add_argument("--batches", type=int, nargs="+", default=[64, 256, 900, 1024], help="samples a batch (default: 64 256 900 1024; 1024 of them are 34 MB)")

@@ -13,10 +13,12 @@ import argparse, itertools, json, time
 from pathlib import Path
 import numpy as np, torch
 from scipy.stats import rankdata
-from vavae_nb.config import load_config
-from vavae_nb.core import atomic_write
+from vavae_nb.recipes.settings import load_config
+from vavae_nb.base.files import atomic_write
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.generate import generate_images, save_grid, versions
+from vavae_nb.sampling.drawing import generate_images
+from vavae_nb.sampling.pictures import save_grid
+from vavae_nb.sampling.sets import versions
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.quality import FeatureStats, fd
 from vavae_nb.tokenizer.foundation import FoundationModel, cached_features

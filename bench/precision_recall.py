@@ -12,7 +12,7 @@ the features. Writes results/bench-precision-recall.json.
 import torch
 from common import agree, compare, options, peak, print_peak, save, show, start, take_turns, timed
 from vavae_nb.metrics.distribution import precision_recall
-from vavae_nb.tensors import generator
+from vavae_nb.base.tensors import generator
 
 p = options(__doc__, rounds=2)
 p.add_argument("--n", type=int, help="features in each set (default: 6,000; on a GPU 20,000)")

@@ -11,10 +11,10 @@ import gc
 import torch
 import published
 from common import agree, compare, options, save, show, start, take_turns
-from vavae_nb.config import sampling_presets
+from vavae_nb.recipes.config import sampling_presets
 from vavae_nb.dit.model import create_dit
 from vavae_nb.flow.sampler import sample, time_grid
-from vavae_nb.tensors import ImageNoise, resolve_precision
+from vavae_nb.base.tensors import ImageNoise, resolve_precision
 
 p = options(__doc__, rounds=5, threads=1)
 p.add_argument("--images", type=int, help="drawn at a time (default: 32 on a GPU, 4 on a CPU)")

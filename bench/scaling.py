@@ -14,7 +14,7 @@ import torch
 from common import options, save, start, take_turns
 from vavae_nb.dit.model import LightningDiT
 from vavae_nb.flow.sampler import sample
-from vavae_nb.tensors import autocast
+from vavae_nb.base.tensors import autocast
 
 p = options(__doc__, rounds=3)
 p.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="numbers of processes; none: leave that out (default: 1 2)")

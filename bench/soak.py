@@ -12,8 +12,8 @@ start on. A signal that comes before the command's own first line ends it as any
 import argparse, json, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch
-from vavae_nb.checkpoints import Checkpoints
-from vavae_nb.generate import versions
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.sampling.sets import versions
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--minutes", type=float, default=32, help="in all (default: 32)")

@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 import numpy as np, torch
 from common import agree, compare, options, save, show, start, take_turns
-from vavae_nb.config import TokenizerTraining
-from vavae_nb.data import embedded
-from vavae_nb.plan import build_tokenizer
-from vavae_nb.recipes import recipe
-from vavae_nb.tensors import generator
+from vavae_nb.recipes.config import TokenizerTraining
+from vavae_nb.data.images import embedded
+from vavae_nb.training.networks import build_tokenizer
+from vavae_nb.recipes.paper import recipe
+from vavae_nb.base.tensors import generator
 from vavae_nb.tokenizer.adversarial import PatchGAN, adaptive_weight, generator_loss
 from vavae_nb.tokenizer.foundation import FoundationModel
 from vavae_nb.tokenizer.perceptual import LPIPS

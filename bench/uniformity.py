@@ -14,7 +14,7 @@ from scipy.stats import gaussian_kde
 from sklearn.manifold import TSNE
 from common import compare, options, save, show, start, take_turns
 from vavae_nb.metrics.uniformity import density_cv, gini, kde_at_points, latent_vectors, normalised_entropy, uniformity
-from vavae_nb.tensors import generator
+from vavae_nb.base.tensors import generator
 
 p = options(__doc__, rounds=1)
 p.add_argument("--n", type=int, default=10000, help="vectors (default: 10000)")

@@ -14,8 +14,8 @@ WAYS = {"baseline": {}, "ours": {"GOMP_SPINCOUNT": "30000"}}
 WAYS |= {"a tenth": {"GOMP_SPINCOUNT": "3000"}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
 STEPS = """
 import json, sys, time, torch
-from vavae_nb.plan import build_dit, build_tokenizer
-from vavae_nb.recipes import recipe
+from vavae_nb.training.networks import build_dit, build_tokenizer
+from vavae_nb.recipes.paper import recipe
 torch.set_num_threads(int(sys.argv[2]))
 cfg = recipe("tiny")
 x = torch.zeros(cfg.tokenizer_training.batch_size, 3, 32, 32)

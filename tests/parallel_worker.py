@@ -3,12 +3,12 @@ import sys
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
-from vavae_nb.config import DiTTraining, TokenizerTraining, VF
-from vavae_nb.data import embedded
+from vavae_nb.recipes.config import DiTTraining, TokenizerTraining, VF
+from vavae_nb.data.images import embedded
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.latents import Latents
-from vavae_nb.processes import is_first, joined
-from vavae_nb.tensors import generator, seed_everything
+from vavae_nb.tokenizer.latents import Latents
+from vavae_nb.base.processes import is_first, joined
+from vavae_nb.base.tensors import generator, seed_everything
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 from vavae_nb.training.callbacks import fit_steps
 from vavae_nb.training.dit import dit_learner

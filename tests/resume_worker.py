@@ -3,9 +3,9 @@ import csv, json, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
 import timm, torch, torch._dynamo # What every training would import anew, the latter for DistributedDataParallel
 from together import together, usual_signals
-from vavae_nb.checkpoints import Checkpoints
-from vavae_nb.config import override, save_config
-from vavae_nb.recipes import recipe
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.recipes.settings import override, save_config
+from vavae_nb.recipes.paper import recipe
 from vavae_nb.train import main
 from vavae_nb.training import stages
 

@@ -2,8 +2,9 @@
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from vavae_nb.core import ShapeError
-from vavae_nb.tensors import load_tensors, rel_err, test_tensor as check
+from vavae_nb.base.errors import ShapeError
+from vavae_nb.base.tensor_files import load_tensors
+from vavae_nb.base.tensors import rel_err, test_tensor as check
 from vavae_nb.tokenizer.adversarial import PatchGAN, adaptive_weight, generator_loss, hinge_d_loss, once_differentiated, vanilla_d_loss
 
 golden, _ = load_tensors(Path(__file__).parent/"golden"/"vf_loss.safetensors")

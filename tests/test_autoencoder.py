@@ -2,8 +2,9 @@
 import copy, json, warnings
 from pathlib import Path
 import pytest, torch
-from vavae_nb.core import CheckpointError, ConfigError, DataError, ShapeError
-from vavae_nb.tensors import generator, load_into, load_tensors, save_tensors, seed_everything, test_tensor as check
+from vavae_nb.base.errors import CheckpointError, ConfigError, DataError, ShapeError
+from vavae_nb.base.tensors import generator, seed_everything, test_tensor as check
+from vavae_nb.base.tensor_files import load_into, load_tensors, save_tensors
 from vavae_nb.tokenizer.autoencoder import Autoencoder, Posterior, to_uint8
 
 golden = Path(__file__).parent/"golden"

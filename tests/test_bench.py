@@ -4,7 +4,8 @@ from pathlib import Path
 import torch
 from vavae_nb.dit.model import LightningDiT
 from vavae_nb.flow.sampler import time_grid
-from vavae_nb.tensors import load_into, load_tensors, test_tensor
+from vavae_nb.base.tensor_files import load_into, load_tensors
+from vavae_nb.base.tensors import test_tensor
 from test_dit import GOLDEN, golden
 
 sys.path.insert(0, str(Path(__file__).parent.parent/"bench"))

@@ -3,9 +3,10 @@ import errno, json, math, resource, shutil, subprocess, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import pytest, torch
-from vavae_nb import checkpoints
-from vavae_nb.checkpoints import Checkpoints, RunLock
-from vavae_nb.core import CheckpointError, VavaeError
+from vavae_nb.base import checkpoints, stopping
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.base.stopping import RunLock
+from vavae_nb.base.errors import CheckpointError, VavaeError
 
 def state(step, n=1000): return {"w": torch.full((n,), float(step)), "opt": [{"step": step}]}
 def names(c): return sorted(p.name for p in c.folder.iterdir())
@@ -19,7 +20,7 @@ def forking(script, *args):
 
 KILLS = """
 import json, os, random, signal, sys, time, torch
-from vavae_nb.checkpoints import Checkpoints
+from vavae_nb.base.checkpoints import Checkpoints
 folder, kills = sys.argv[1], int(sys.argv[2])
 c, seen, rng = Checkpoints(folder), [], random.Random()
 for _ in range(kills):
@@ -165,7 +166,7 @@ def test_rotation_and_finish(tmp_path):
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_): raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    monkeypatch.setattr(stopping.fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match="cannot be locked .No locks available.; see to it that only one process"):
         with RunLock(tmp_path/"run"): assert (tmp_path/"run"/"run.lock").exists()
     assert not list((tmp_path/"run").iterdir())
@@ -173,9 +174,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 SIGNALS = """
 import json, os, signal, sys, time
 from pathlib import Path
-from vavae_nb.checkpoints import Checkpoints, RunLock, StopSignals
-from vavae_nb.commands import user_errors
-from vavae_nb.core import ConfigError
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.base.stopping import RunLock, StopSignals
+from vavae_nb.base.commands import user_errors
+from vavae_nb.base.errors import ConfigError
 root = Path(sys.argv[1])
 
 def main(name):
@@ -274,8 +276,9 @@ def test_signals_and_locks(tmp_path):
 TERMINAL = """
 import json, os, pty, signal, sys, time
 from pathlib import Path
-from vavae_nb.checkpoints import Checkpoints, StopSignals
-from vavae_nb.commands import user_errors
+from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.base.stopping import StopSignals
+from vavae_nb.base.commands import user_errors
 root = Path(sys.argv[1])
 
 def main(): # A loop with a progress bar, such as a training
@@ -302,8 +305,8 @@ def test_a_closed_terminal_saves_and_stops(tmp_path): assert forking(TERMINAL, t
 
 LOST = """
 import json, os, signal, sys, weakref
-from vavae_nb.checkpoints import StopSignals
-from vavae_nb.core import Stopped
+from vavae_nb.base.stopping import StopSignals
+from vavae_nb.base.errors import Stopped
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 sys.unraisablehook = lambda what: None
 class Destroyed:

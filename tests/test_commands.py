@@ -3,7 +3,7 @@ import os, re, shlex, signal, subprocess, sys
 import pytest
 from argparse import SUPPRESS
 from vavae_nb import ablations, evaluate, extract, sample, train
-from vavae_nb.commands import parser
+from vavae_nb.base.commands import parser
 
 COMMANDS = {f"vavae_nb.{m.__name__.split('.')[-1]}": m.main for m in (train, extract, sample, evaluate, ablations)}
 COMMANDS |= {f"vavae_nb.evaluate {k}": f for k,f in evaluate.actions.items()}

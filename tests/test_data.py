@@ -2,9 +2,11 @@
 import os, warnings
 import numpy as np, pytest, torch
 from PIL import Image
-from vavae_nb.core import DataError
-from vavae_nb import data
-from vavae_nb.data import Batches, Images, LazyImages, center_crop, embedded, folder, lazy_folder, load_data
+from vavae_nb.base.errors import DataError
+from vavae_nb.data import folders as data
+from vavae_nb.data.batches import Batches
+from vavae_nb.data.images import Images, embedded
+from vavae_nb.data.folders import LazyImages, center_crop, folder, lazy_folder, load_data
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))

@@ -2,12 +2,12 @@
 import json, math
 from pathlib import Path
 import pytest, torch
-from vavae_nb.core import ConfigError, LabelError, ShapeError, VavaeError
+from vavae_nb.base.errors import ConfigError, LabelError, ShapeError, VavaeError
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.flow.ddpm import (DDPMLoss, NoiseSchedule, ddim_step, ddpm_sample, ddpm_step, discretised_nll, gaussian_output, linear_schedule,
-                                log_variance, normal_kl, posterior_mean, predicted_data, respaced, variational_bits)
+from vavae_nb.flow.ddpm import DDPMLoss, NoiseSchedule, ddim_step, ddpm_sample, ddpm_step, discretised_nll, gaussian_output, linear_schedule, log_variance, normal_kl, posterior_mean, predicted_data, respaced, variational_bits
 from vavae_nb.flow.sampler import Guided
-from vavae_nb.tensors import load_into, load_tensors, test_tensor
+from vavae_nb.base.tensor_files import load_into, load_tensors
+from vavae_nb.base.tensors import test_tensor
 
 f64 = torch.float64
 schedule = linear_schedule()

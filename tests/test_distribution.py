@@ -1,10 +1,10 @@
-"Measures of sets of images: what the cells of 44_metrics.distribution cannot guard"
+"Measures of sets of images: what the cells of 43_metrics.distribution cannot guard"
 import json, math
 import numpy as np, pytest, torch
-from vavae_nb.core import DataError
+from vavae_nb.base.errors import DataError
 from vavae_nb.metrics.distribution import fd_infinity, inception_score, kid, per_class_fd, precision_recall, sampling_error
 from vavae_nb.metrics.quality import FeatureStats, Measure, frechet_distance
-from vavae_nb.tensors import generator
+from vavae_nb.base.tensors import generator
 
 def randn(*size, what="x"): return torch.randn(*size, generator=generator(0, what), dtype=torch.float64)
 def features(): return 1.1*randn(230, 40, what="samples")+.2, randn(310, 40, what="reference")

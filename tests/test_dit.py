@@ -3,11 +3,13 @@ import copy, json, math
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from vavae_nb.core import CheckpointError, ConfigError, LabelError, ShapeError
+from vavae_nb.base.errors import CheckpointError, ConfigError, LabelError, ShapeError
 from vavae_nb.dit.blocks import Rope2d, apply_rope, attend, rope_2d
-from vavae_nb.dit.model import LightningDiT, compile_blocks, create_dit, drop_labels
+from vavae_nb.dit.model import LightningDiT, create_dit, drop_labels
+from vavae_nb.dit.compiling import compile_blocks
 from vavae_nb.flow.sampler import sample
-from vavae_nb.tensors import autocast, check_labels, generator, load_into, load_tensors, rel_err, save_tensors, test_tensor
+from vavae_nb.base.tensors import autocast, check_labels, generator, rel_err, test_tensor
+from vavae_nb.base.tensor_files import load_into, load_tensors, save_tensors
 
 GOLDEN = Path(__file__).parent/"golden"
 OURS = dict(use_rope="rope", use_qknorm="qk_norm", use_swiglu="swiglu", use_rmsnorm="rmsnorm") # Off unless the header says so

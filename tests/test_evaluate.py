@@ -2,12 +2,17 @@
 import json, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
-from vavae_nb.config import Config, override, save_config
-from vavae_nb.core import sha256_file
-from vavae_nb.data import embedded, first_of_each
+from vavae_nb.recipes.config import Config
+from vavae_nb.recipes.settings import override, save_config
+from vavae_nb.base.files import sha256_file
+from vavae_nb.data.images import embedded
+from vavae_nb.data.folders import first_of_each
 from vavae_nb.evaluate import actions
-from vavae_nb.evaluation import Evaluation, evaluate_generation, evaluate_reconstruction, how_drawn, provenance_differences
-from vavae_nb.latents import extract_shards
+from vavae_nb.metrics.evaluation import Evaluation
+from vavae_nb.metrics.generation import evaluate_generation, how_drawn
+from vavae_nb.metrics.reconstruction import evaluate_reconstruction
+from vavae_nb.metrics.comparison import provenance_differences
+from vavae_nb.tokenizer.shards import extract_shards
 from vavae_nb.metrics.distribution import kid, precision_recall
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.quality import FeatureStats, frechet_distance, psnr

@@ -3,11 +3,13 @@ import io, json, math
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from vavae_nb import explorer
-from vavae_nb.core import ConfigError, sha256_file
-from vavae_nb.explorer import Channels, Density, Samples, Times, Trajectories, VFSurface, mixture_velocity, small_model, toy_velocity
+import vavae_nb
+from vavae_nb.paper import explorer
+from vavae_nb.base.errors import ConfigError
+from vavae_nb.base.files import sha256_file
+from vavae_nb.paper.explorer import Channels, Density, Samples, Times, Trajectories, VFSurface, mixture_velocity, small_model, toy_velocity
 from vavae_nb.flow.sampler import Guided, integrate, time_grid
-from vavae_nb.tensors import generator, test_tensor
+from vavae_nb.base.tensors import generator, test_tensor
 
 torch.set_num_threads(1)
 
@@ -76,7 +78,7 @@ def test_guidance_of_scale_1_is_the_conditional_trajectory():
 
 def test_the_shipped_model_is_whole_and_says_how_it_was_made():
     model, tok, about = small_model()
-    folder = Path(explorer.__file__).parent/"embedded"
+    folder = Path(vavae_nb.__file__).parent/"embedded"
     for name,f in about["files"].items(): assert (folder/name).stat().st_size == f["bytes"] < 4e6 and sha256_file(folder/name) == f["sha256"]
     assert about["command"][0].startswith("python -m vavae_nb.ablations table2 --scale cpu") and len(about["provenance"]["commit"]) == 40
     assert about["provenance"]["data"]["train"]["fingerprint"] and about["measured_before_rounding"]["reconstruction"]["psnr"] > 20

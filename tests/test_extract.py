@@ -3,12 +3,15 @@ import os, random, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from PIL import Image
 from together import dying
-from vavae_nb import data
-from vavae_nb.data import embedded
+from vavae_nb.data import folders as data
+from vavae_nb.data.images import embedded
 from vavae_nb.extract import main
-from vavae_nb.latents import load_latents, open_shard, save_latent_stats, shard_files
-from vavae_nb.published import save_vavae
-from vavae_nb.tensors import load_tensors, test_tensor
+from vavae_nb.tokenizer.latents import load_latents
+from vavae_nb.tokenizer.shards import open_shard, shard_files
+from vavae_nb.tokenizer.statistics import save_latent_stats
+from vavae_nb.interop.authors import save_vavae
+from vavae_nb.base.tensor_files import load_tensors
+from vavae_nb.base.tensors import test_tensor
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 @pytest.fixture

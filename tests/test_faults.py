@@ -2,10 +2,14 @@
 import faulthandler, os, shutil, signal, warnings
 import pytest, torch
 from PIL import Image
-from vavae_nb.core import DataError
-from vavae_nb.data import Batches, embedded, lazy_folder
-from vavae_nb.latents import Latents, open_shard, shard_files
-from vavae_nb.tensors import generator, save_tensors
+from vavae_nb.base.errors import DataError
+from vavae_nb.data.batches import Batches
+from vavae_nb.data.images import embedded
+from vavae_nb.data.folders import lazy_folder
+from vavae_nb.tokenizer.latents import Latents
+from vavae_nb.tokenizer.shards import open_shard, shard_files
+from vavae_nb.base.tensors import generator
+from vavae_nb.base.tensor_files import save_tensors
 
 @pytest.fixture
 def pets(tmp_path):

@@ -4,12 +4,14 @@ import numpy as np, pytest, torch
 from skimage import data as photographs
 from torch import nn
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-from vavae_nb import pretrained
-from vavae_nb.core import ConfigError, DataError, WeightsError, cache_dir
-from vavae_nb.data import embedded
+from vavae_nb.base import pretrained
+from vavae_nb.base.errors import ConfigError, DataError, WeightsError
+from vavae_nb.base.files import cache_dir
+from vavae_nb.data.images import embedded
 from vavae_nb.metrics.features import EXTRACTORS, FILTERS, FeatureExtractor, StageMeans, TimmPool, extract_features, feature_batches, feature_extractor, resize
-from vavae_nb.pretrained import inception_network, packaged_file, weights_sha256
-from vavae_nb.tensors import generator, save_tensors, test_tensor as check
+from vavae_nb.base.pretrained import inception_network, packaged_file, weights_sha256
+from vavae_nb.base.tensors import generator, test_tensor as check
+from vavae_nb.base.tensor_files import save_tensors
 
 class Toy(nn.Module):
     "A linear map of an 8×8 image with batch norm, so that training mode would show"

@@ -5,18 +5,27 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
-from vavae_nb import core
-from vavae_nb.config import Config, load_config, override, save_config
-from vavae_nb.core import (CheckpointError, ConfigError, DataError, VavaeError, WriteError, atomic_write, cache_dir, read_json,
-                           sweep_temporary, writing)
-from vavae_nb.data import embedded
+import vavae_nb
+from vavae_nb.base import files
+from vavae_nb.recipes.config import Config
+from vavae_nb.recipes.settings import load_config, override, save_config
+from vavae_nb.base.errors import CheckpointError, ConfigError, DataError, VavaeError, WriteError
+from vavae_nb.base.files import atomic_write, cache_dir, read_json, sweep_temporary, writing
+from vavae_nb.data.images import embedded
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.evaluation import Evaluation, how_drawn, open_latents
-from vavae_nb.generate import SampleSet, load_samples
-from vavae_nb.latents import extract_shards, load_latents, record_statistics, save_latent_stats, shard_files
+from vavae_nb.metrics.evaluation import Evaluation
+from vavae_nb.metrics.generation import how_drawn
+from vavae_nb.metrics.latent_evaluation import open_latents
+from vavae_nb.sampling.sets import SampleSet
+from vavae_nb.sampling.formats import load_samples
+from vavae_nb.tokenizer.shards import extract_shards, shard_files
+from vavae_nb.tokenizer.latents import load_latents
+from vavae_nb.tokenizer.statistics import record_statistics, save_latent_stats
 from vavae_nb.metrics.reference import load_images
-from vavae_nb.published import load_dit, load_tokenizer, save_vavae
-from vavae_nb.tensors import load_tensors, save_tensors, save_torch
+from vavae_nb.interop.loading import load_dit, load_tokenizer
+from vavae_nb.interop.authors import save_vavae
+from vavae_nb.base.tensor_files import load_tensors, save_tensors
+from vavae_nb.base.foreign_files import save_torch
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 from vavae_nb.training.logs import TermsLog
 
@@ -111,7 +120,7 @@ def test_what_cannot_be_written_for_other_reasons_says_what_to_do(tmp_path, monk
     with pytest.raises(WriteError, match="File exists.*or choose another folder, and call"):
         with atomic_write(tmp_path/"file"/"a.json"): pass
     def refuse(*_): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr(core.os, "fsync", refuse)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     with pytest.raises(WriteError, match="Read-only file system") as e:
         with atomic_write(tmp_path/"a.json") as tmp: tmp.write_text("{}", encoding="utf-8")
     assert e.value.errno == errno.EROFS
@@ -120,20 +129,20 @@ def test_what_cannot_be_written_for_other_reasons_says_what_to_do(tmp_path, monk
 
 def test_a_name_is_as_durable_as_what_it_names(tmp_path, monkeypatch):
     synced, sync = [], os.fsync
-    monkeypatch.setattr(core.os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
     with atomic_write(tmp_path/"a.json") as tmp: tmp.write_text("{}", encoding="utf-8")
     assert synced == [str(tmp), str(tmp_path)]
     def refuse(fd):
         if os.path.isdir(f"/proc/self/fd/{fd}"): raise OSError(errno.EINVAL, "Invalid argument")
-    monkeypatch.setattr(core.os, "fsync", refuse)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     with atomic_write(tmp_path/"b.json") as tmp: tmp.write_text("{}", encoding="utf-8") # A file system that refuses
     assert (tmp_path/"b.json").exists()
 
 FULL = """
 import shutil, sys
 from pathlib import Path
-from vavae_nb import data
-from vavae_nb.core import WriteError
+from vavae_nb.data import folders as data
+from vavae_nb.base.errors import WriteError
 usage = shutil.disk_usage("/")
 data.shutil.disk_usage = lambda _: usage._replace(free=10**12) # Filled by somebody else meanwhile
 try: data.folder(sys.argv[1], 128)
@@ -154,7 +163,7 @@ def test_a_disk_that_fills_up_while_pixels_are_mapped_is_no_bus_error(tmp_path):
 
 HELD = """
 import sys, time
-from vavae_nb.core import atomic_write
+from vavae_nb.base.files import atomic_write
 with atomic_write(sys.argv[1]) as tmp: tmp.write_bytes(b"half"); print(tmp, flush=True); time.sleep(100)
 """
 def test_temporary_files_go_when_their_writer_is_dead_and_no_others(tmp_path):
@@ -340,9 +349,10 @@ def test_npz_files_that_are_not_what_they_say(tmp_path):
 PLAIN = """
 import locale, sys, torch
 from pathlib import Path
-from vavae_nb.config import Config, load_config, override, save_config
-from vavae_nb.evaluation import Evaluation
-from vavae_nb.generate import SampleSet
+from vavae_nb.recipes.config import Config
+from vavae_nb.recipes.settings import load_config, override, save_config
+from vavae_nb.metrics.evaluation import Evaluation
+from vavae_nb.sampling.sets import SampleSet
 assert locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"), "this locale is not plain"
 out = Path(sys.argv[1])
 cfg = override(Config(), {"data.source": "M\\u00fcller"})
@@ -362,7 +372,7 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
 TEXTS = re.compile(r"\.(read_text|write_text)\((?!.*encoding=)|(?<![\w.])open\((?!.*(encoding=|\"r?w?a?\+?b|\"rb|\"wb))")
 OTHERS = ("ablations", "checkpoints", "stages", "train", "figures", "plan", "explorer") # Not yet
 def test_every_text_file_says_its_encoding():
-    package = Path(core.__file__).parent
+    package = Path(vavae_nb.__file__).parent
     lines = [f"{p.relative_to(package)}: {line.strip()}" for p in sorted(package.rglob("*.py")) if p.stem not in OTHERS
              for line in p.read_text(encoding="utf-8").splitlines() if TEXTS.search(line)]
     assert not [line for line in lines if "urlopen" not in line and "def " not in line], "\n".join(lines)

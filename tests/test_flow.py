@@ -2,12 +2,12 @@
 import json
 from pathlib import Path
 import pytest, torch
-from vavae_nb.core import ConfigError, VavaeError
+from vavae_nb.base.errors import ConfigError, VavaeError
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.flow.path import (FlowLoss, GVPPath, VPPath, direction_loss, flow_loss, gaussian_velocity, paths, sample_times,
-                                velocity_mse)
+from vavae_nb.flow.path import FlowLoss, GVPPath, VPPath, direction_loss, flow_loss, gaussian_velocity, paths, sample_times, velocity_mse
 from vavae_nb.flow.sampler import Guided, euler_maruyama, integrate, sample, time_grid
-from vavae_nb.tensors import load_into, load_tensors, test_tensor
+from vavae_nb.base.tensor_files import load_into, load_tensors
+from vavae_nb.base.tensors import test_tensor
 
 golden_dir = Path(__file__).parent/"golden"
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

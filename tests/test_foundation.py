@@ -2,10 +2,10 @@
 import json, numpy as np, pytest, torch
 from safetensors.torch import save_file
 from torch import nn
-from vavae_nb import pretrained
-from vavae_nb.core import ConfigError, DataError, WeightsError
-from vavae_nb.pretrained import packaged_file, timm_network
-from vavae_nb.tensors import generator, rel_err, test_tensor
+from vavae_nb.base import pretrained
+from vavae_nb.base.errors import ConfigError, DataError, WeightsError
+from vavae_nb.base.pretrained import packaged_file, timm_network
+from vavae_nb.base.tensors import generator, rel_err, test_tensor
 from vavae_nb.tokenizer import foundation
 from vavae_nb.tokenizer.foundation import FoundationModel, cached_features, fast_precision, foundation_cost, paper_vfms
 
@@ -174,9 +174,10 @@ def test_auto_takes_bf16_only_where_it_is_exact_enough(monkeypatch):
     assert fast_precision(vfm, x, tol=1.) == "fp32"
 
 def test_a_learner_computes_features_in_its_steps(monkeypatch): # Of the flipped images, in their own precision, never in vain
-    from vavae_nb import tensors
-    from vavae_nb.config import TokenizerTraining, VF
-    from vavae_nb.data import Batches, embedded
+    from vavae_nb.base import tensors
+    from vavae_nb.recipes.config import TokenizerTraining, VF
+    from vavae_nb.data.batches import Batches
+    from vavae_nb.data.images import embedded
     from vavae_nb.tokenizer.autoencoder import Autoencoder
     from vavae_nb.training.tokenizer import fit_steps, tokenizer_learner
     seen, images = [], embedded("train").subset(range(16))

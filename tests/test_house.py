@@ -49,7 +49,7 @@ def test_pure_modules_stay_light():
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
 
 def test_the_package_and_its_help_need_no_torch():
-    r = python("import sys, vavae_nb, vavae_nb.config, vavae_nb.train, vavae_nb.extract, vavae_nb.sample, vavae_nb.evaluate; print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])")
+    r = python("import sys, vavae_nb, vavae_nb.recipes.config, vavae_nb.train, vavae_nb.extract, vavae_nb.sample, vavae_nb.evaluate; print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])")
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -2,12 +2,13 @@
 import json
 import numpy as np, pytest, torch
 from sklearn.linear_model import RidgeClassifier
-from vavae_nb.config import override
-from vavae_nb.core import DataError, ShapeError
-from vavae_nb.data import Images, held_out, to_batch
+from vavae_nb.recipes.settings import override
+from vavae_nb.base.errors import DataError, ShapeError
+from vavae_nb.data.images import Images, to_batch
+from vavae_nb.data.folders import held_out
 from vavae_nb.metrics.latents import channel_normalised, effective_rank, high_frequency_share, knn_probe, latent_report, linear_cka, linear_probe, mutual_knn, radial_spectrum
-from vavae_nb.recipes import recipe
-from vavae_nb.tensors import generator, test_tensor
+from vavae_nb.recipes.paper import recipe
+from vavae_nb.base.tensors import generator, test_tensor
 from vavae_nb.training.dashboard import LatentDashboard, plot_dashboard, probe_images
 from vavae_nb.training.stages import read_log, run_stages
 

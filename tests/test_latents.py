@@ -3,11 +3,13 @@ import collections, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
-from vavae_nb.core import CheckpointError, DataError, VavaeError
-from vavae_nb.data import embedded
-from vavae_nb.latents import (Latents, describe_folder, extract_shards, latent_statistics, load_latent_stats, load_latents, open_shard, record_statistics,
-                              save_latent_stats, shard_files, shard_ranges)
-from vavae_nb.tensors import generator, load_tensors, save_tensors, test_tensor
+from vavae_nb.base.errors import CheckpointError, DataError, VavaeError
+from vavae_nb.data.images import embedded
+from vavae_nb.tokenizer.latents import Latents, load_latents
+from vavae_nb.tokenizer.statistics import describe_folder, latent_statistics, load_latent_stats, record_statistics, save_latent_stats
+from vavae_nb.tokenizer.shards import extract_shards, open_shard, shard_files, shard_ranges
+from vavae_nb.base.tensors import generator, test_tensor
+from vavae_nb.base.tensor_files import load_tensors, save_tensors
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 def tokenizer(seed=0, d=4):
@@ -163,7 +165,7 @@ FULL = """
 import resource, sys, torch
 sys.path.insert(0, {here!r})
 from test_latents import extract, tokenizer
-from vavae_nb.core import WriteError
+from vavae_nb.base.errors import WriteError
 tok = tokenizer()
 extract(tok, {out!r}, per_shard=10, world_size=2, rank=0)        # 20 kB of latents a shard
 resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))

@@ -1,8 +1,8 @@
 "Reading other people's pickles: foreign objects become inert, what could do harm is refused and leaves no trace, what is cut short is named"
 import argparse, builtins, collections, functools, os, pathlib, pickle, subprocess, sys, types, typing, zipfile
 import pytest, torch
-from vavae_nb.core import CheckpointError
-from vavae_nb.tensors import StandIn, load_torch
+from vavae_nb.base.errors import CheckpointError
+from vavae_nb.base.foreign_files import StandIn, load_torch
 
 SOURCE = """
 import typing

@@ -9,8 +9,8 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from vavae_nb.data import Batches
-from vavae_nb.processes import is_first, joined
+from vavae_nb.data.batches import Batches
+from vavae_nb.base.processes import is_first, joined
 from vavae_nb.training.callbacks import ClipGrad, DataParallel, Loaders, LRSchedule, MaxSteps, MicroBatches, Resume, fit_steps, training_state
 from vavae_nb.training.logs import StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, read_log
 

@@ -5,8 +5,11 @@ from itertools import product
 import matplotlib.pyplot as plt, mistune, numpy as np, pytest, torch
 from bs4 import BeautifulSoup
 from PIL import Image
-from vavae_nb import ablations as ab, core, explorer, figures as fg, generate
-from vavae_nb.recipes import recipe
+from vavae_nb.base import text as words
+from vavae_nb.paper import explorer, figures as fg, results as ab
+from vavae_nb.paper.tables import tables
+from vavae_nb.sampling import formats, pictures, sets
+from vavae_nb.recipes.paper import recipe
 from vavae_nb.training.logs import plot_history
 
 torch.set_num_threads(1)
@@ -22,7 +25,7 @@ EVERY = MARKUP+ODD
 ids = lambda name: re.sub(r"\W", lambda m: f"-{ord(m[0]):x}", name)[:40]
 each = pytest.mark.parametrize("name", EVERY, ids=ids)
 
-def as_seen(name): return re.sub(r"\s+", " ", core.one_line(name)).strip() # HTML makes one space of many
+def as_seen(name): return re.sub(r"\s+", " ", words.one_line(name)).strip() # HTML makes one space of many
 
 @pytest.fixture(autouse=True)
 def strict():
@@ -37,19 +40,19 @@ def strict():
 
 @each
 def test_one_line_is_one_line_that_can_be_written(name):
-    s = core.one_line(name)
+    s = words.one_line(name)
     assert len(s.splitlines()) <= 1 and s.isprintable() or name.isspace() or "\u200d" in s, repr(s)
     s.encode()
-    assert len(core.one_line(name, 32)) <= 32
+    assert len(words.one_line(name, 32)) <= 32
 
 def test_what_needs_no_care_is_left_alone():
     for name in ("tench, Tinca tinca", "n01440764", "f4d32-lite0-b", "naïve café", "猫", "a (b) c"):
-        for f in (core.one_line, core.as_label, core.as_markdown, core.as_html, core.as_latex): assert f(name) == name
+        for f in (words.one_line, words.as_label, words.as_markdown, words.as_html, words.as_latex): assert f(name) == name
 
 def test_the_middle_of_a_long_name_is_left_out():
-    s = core.one_line("begin"+"x"*200+"end", 21)
+    s = words.one_line("begin"+"x"*200+"end", 21)
     assert len(s) == 21 and s.startswith("begin") and s.endswith("end") and s.count("…") == 1
-    assert core.one_line("x"*21, 21) == "x"*21
+    assert words.one_line("x"*21, 21) == "x"*21
 
 # Pictures
 
@@ -60,12 +63,12 @@ def drawn(text):
 
 @each
 def test_matplotlib_takes_it_letter_for_letter(name):
-    assert drawn(core.as_label(name)).strip() == core.one_line(name, 40).strip()
+    assert drawn(words.as_label(name)).strip() == words.one_line(name, 40).strip()
 
 @pytest.mark.parametrize("some", [EVERY[i::8] for i in range(8)], ids=lambda s: ids(s[0]))
 def test_matplotlib_reads_nothing_in_any_place(some):
     fig, ax = plt.subplots(figsize=(2, 2))
-    texts = [core.as_label(n) for n in some]
+    texts = [words.as_label(n) for n in some]
     a, b, c, d, *_ = texts
     for t in texts:
         ax.plot([0, 1], label=t)
@@ -75,33 +78,33 @@ def test_matplotlib_reads_nothing_in_any_place(some):
     ax.set(title=a, xlabel=b, ylabel=c)
     fig.suptitle(d)
     assert [t.get_text() for t in ax.legend().get_texts()] == texts # None has vanished
-    with core.quiet_glyphs(): fig.savefig(io.BytesIO())
+    with words.quiet_glyphs(): fig.savefig(io.BytesIO())
 
 def images(n): return np.zeros((n, 8, 8, 3), np.uint8)
 
 @pytest.mark.parametrize("name", MARKUP[:8]+ODD, ids=ids)
 def test_a_grid_shows_any_name(name, tmp_path):
-    generate.save_grid([images(3), images(2)], [name, "b"], tmp_path/"a.png", f"a title with {name}")
+    pictures.save_grid([images(3), images(2)], [name, "b"], tmp_path/"a.png", f"a title with {name}")
     with Image.open(tmp_path/"a.png") as im: assert im.width < 700 and im.height < 250, im.size
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 def test_a_grid_of_all_of_them(tmp_path):
-    generate.save_grid([images(3)]*len(EVERY), EVERY, tmp_path/"a.png")
+    pictures.save_grid([images(3)]*len(EVERY), EVERY, tmp_path/"a.png")
     with Image.open(tmp_path/"a.png") as im: assert im.width < 700
 
 def test_wide_letters_are_not_cut_off(tmp_path):
-    generate.save_grid([images(3)]*2, ["W"*30, "i"], tmp_path/"a.png")
+    pictures.save_grid([images(3)]*2, ["W"*30, "i"], tmp_path/"a.png")
     x = np.asarray(Image.open(tmp_path/"a.png").convert("L"))
     assert (x[:, :4] == 255).all() and (x[:, 4:300] < 128).any() # White at the edge, and the letters beside
 
 def test_usual_names_make_the_pictures_they_made(tmp_path):
-    generate.save_grid([images(10)]*2, ["automobile", "nearest\ntraining image"], tmp_path/"a.png", "step 12")
+    pictures.save_grid([images(10)]*2, ["automobile", "nearest\ntraining image"], tmp_path/"a.png", "step 12")
     with Image.open(tmp_path/"a.png") as im: assert im.size == (16+8*len("training image")+10*64+4, 30+2*70)
 
 def test_a_set_of_samples_of_such_classes(tmp_path):
-    samples = generate.SampleSet(tmp_path/"s", torch.arange(12).repeat_interleave(2), dict(x=1), EVERY[:12])
+    samples = sets.SampleSet(tmp_path/"s", torch.arange(12).repeat_interleave(2), dict(x=1), EVERY[:12])
     samples.write(0, np.repeat(images(1), 24, 0), dict(seconds=1.))
-    generate.finish(samples, ["grid", "folder"])
+    formats.finish(samples, ["grid", "folder"])
     assert (tmp_path/"s"/"samples.png").is_file() and len(list((tmp_path/"s"/"images").iterdir())) == 24
 
 def test_curves_of_any_stage_and_term(tmp_path):
@@ -111,7 +114,7 @@ def test_curves_of_any_stage_and_term(tmp_path):
         rows.writerow(("stage", "step", "seconds", "term", "value"))
         for stage,step in product(names[:3], (1, 2)):
             for term in ("loss", *(f"loss/{n}" for n in names[:12])): rows.writerow((stage, step, 0., term, 1+step))
-    with core.quiet_glyphs():
+    with words.quiet_glyphs():
         fig = plot_history(tmp_path/"log.csv")
         fig.savefig(io.BytesIO())
     legend = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
@@ -122,11 +125,11 @@ def test_curves_of_any_stage_and_term(tmp_path):
 def test_the_architecture_of_any_recipe(name):
     cfg = recipe("smoke")
     fig = fg.draw_architecture(replace(cfg, recipe=name, foundation=replace(cfg.foundation, name="none")))
-    with core.quiet_glyphs(): fig.savefig(io.BytesIO())
-    assert drawn(fig.axes[0].get_title()) == core.one_line(name, 80)
+    with words.quiet_glyphs(): fig.savefig(io.BytesIO())
+    assert drawn(fig.axes[0].get_title()) == words.one_line(name, 80)
 
 def test_a_judge_of_any_name(tmp_path):
-    table = ab.tables["fig1"]
+    table = tables["fig1"]
     filled = [ab.Filled(r, r.name_at("cpu"), {"LPIPS": [.1], "FD my_$net$": [500.]}, [0]) for r in table.rows]
     fig = fg.plot_dilemma(ab.FilledTable("fig1", "cpu", filled, ["PSNR", "FD my_$net$"], []))
     fig.savefig(io.BytesIO())
@@ -138,7 +141,7 @@ def test_the_explorers_pictures(monkeypatch):
     for name in view.points:
         assert view.at(left=name)
         view.strip(dict(left=name, n=100))
-        assert drawn(view.axs[0].get_title()).startswith(core.one_line(name, 30))
+        assert drawn(view.axs[0].get_title()).startswith(words.one_line(name, 30))
     model, tok, about = explorer.small_model()
     model.meta["classes"] = ["$5_to_$10", r"x$\y$", *model.meta["classes"][2:]]
     monkeypatch.setattr(explorer, "small_model", lambda: (model, tok, about))
@@ -150,7 +153,7 @@ def test_the_explorers_pictures(monkeypatch):
 
 def table(name):
     "A table that has a name everywhere that one can come from: a failed row, a row with a failed seed, notes"
-    a, b, *_ = ab.tables["fig1"].rows
+    a, b, *_ = tables["fig1"].rows
     filled = [ab.Filled(a, a.name_at("cpu"), {}, [], problem=f"{name}!"),
               ab.Filled(b, b.name_at("cpu"), {"PSNR": [26.]}, [0], problem=f"seed 1 failed: {name}!")]
     return ab.FilledTable("fig1", "cpu", filled, ["PSNR", f"FD {name}!"], [f"data: {name}!, 5 images"])
@@ -208,10 +211,10 @@ def test_latex_shows_any_name(name):
     lines = ab.render(table(name), "latex").splitlines()
     cells = [re.split(r"(?<!\\) & ", l.removesuffix(r" \\")) for l in lines if l.endswith(r" \\")]
     assert {len(c) for c in cells} == {7} and len(cells) == 4
-    assert typeset(cells[1][2]) == core.one_line(f"{name}!")
-    assert typeset(cells[0][3]) == f"FD over {core.one_line(name)}!"
+    assert typeset(cells[1][2]) == words.one_line(f"{name}!")
+    assert typeset(cells[0][3]) == f"FD over {words.one_line(name)}!"
     notes = [l for l in lines if l.startswith("% ")]
-    assert len(notes) == 3 and typeset(notes[2][2:]) == f"data: {core.one_line(name)}!, 5 images"
+    assert len(notes) == 3 and typeset(notes[2][2:]) == f"data: {words.one_line(name)}!, 5 images"
     assert lines[0] == r"\begin{table}" and lines[-1] == r"\end{table}"
 
 # A run

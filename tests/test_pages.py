@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args as of_torchrun
 from vavae_nb import evaluate, extract, sample, train
-from vavae_nb.commands import given_settings, parser
-from vavae_nb.config import Config, override, sampling_presets
-from vavae_nb.recipes import recipe
+from vavae_nb.base.commands import given_settings, parser
+from vavae_nb.recipes.config import Config, sampling_presets
+from vavae_nb.recipes.settings import override
+from vavae_nb.recipes.paper import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT/"README.md", *sorted((ROOT/"nbs").glob("*.ipynb"))]

@@ -2,9 +2,9 @@
 import copy, warnings
 import pytest, torch
 from torch import nn
-from vavae_nb.core import ShapeError
-from vavae_nb.pretrained import lpips_tensors
-from vavae_nb.tensors import autocast, generator, test_tensor as check
+from vavae_nb.base.errors import ShapeError
+from vavae_nb.base.pretrained import lpips_tensors
+from vavae_nb.base.tensors import autocast, generator, test_tensor as check
 from vavae_nb.tokenizer.perceptual import LPIPS, ConvStages, unit_channels
 
 def pair(*size, b=2):

@@ -1,11 +1,11 @@
-"vavae_nb.pretrained: what its notebook cannot guard"
+"vavae_nb.base.pretrained: what its notebook cannot guard"
 import hashlib, importlib.metadata, os, pickle, warnings, zipfile
 import numpy as np, pytest, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from vavae_nb import pretrained
-from vavae_nb.core import ConfigError, WeightsError
-from vavae_nb.pretrained import inception_network, lpips_tensors, packaged_file, read_arrays, read_script, remembered_sha256, timm_network, weights_sha256
+from vavae_nb.base import pretrained
+from vavae_nb.base.errors import ConfigError, WeightsError
+from vavae_nb.base.pretrained import inception_network, lpips_tensors, packaged_file, read_arrays, read_script, remembered_sha256, timm_network, weights_sha256
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("VAVAE_NB_CACHE", str(tmp_path/"cache"))

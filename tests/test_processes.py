@@ -3,9 +3,10 @@ import json, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from together import together
-from vavae_nb.data import embedded
-from vavae_nb.latents import shard_files
-from vavae_nb.tensors import load_tensors, test_tensor as check
+from vavae_nb.data.images import embedded
+from vavae_nb.tokenizer.shards import shard_files
+from vavae_nb.base.tensor_files import load_tensors
+from vavae_nb.base.tensors import test_tensor as check
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 def start(n, args, **env):
@@ -30,12 +31,12 @@ def alone(monkeypatch, tmp_path):
 SHARED = """
 import os, signal, sys, numpy as np, torch
 from pathlib import Path
-from vavae_nb.commands import user_errors
-from vavae_nb.data import embedded
-from vavae_nb.latents import extract_shards
+from vavae_nb.base.commands import user_errors
+from vavae_nb.data.images import embedded
+from vavae_nb.tokenizer.shards import extract_shards
 from vavae_nb.metrics.features import extract_features, feature_extractor
 from vavae_nb.metrics.reference import load_reference
-from vavae_nb.processes import joined, rank, world_size
+from vavae_nb.base.processes import joined, rank, world_size
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 from vavae_nb.tokenizer.foundation import cached_features
 d, work, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

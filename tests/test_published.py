@@ -2,12 +2,15 @@
 import collections, json, subprocess, sys, types
 from pathlib import Path
 import pytest, torch
-from vavae_nb.core import CheckpointError, ConfigError, DataError, ShapeError
+from vavae_nb.base.errors import CheckpointError, ConfigError, DataError, ShapeError
 from vavae_nb.dit.model import LightningDiT, create_dit
-from vavae_nb.latents import save_latent_stats
-from vavae_nb.published import (config_from_diffusers, config_to_diffusers, diffusers_name, from_diffusers, lightningdit_config, load_dit, load_lightningdit,
-                                load_tokenizer, load_vavae, save_lightningdit, save_vavae, to_diffusers, vavae_config)
-from vavae_nb.tensors import generator, load_tensors, load_torch, save_tensors, test_tensor as check
+from vavae_nb.tokenizer.statistics import save_latent_stats
+from vavae_nb.interop.diffusers import config_from_diffusers, config_to_diffusers, diffusers_name, from_diffusers, to_diffusers
+from vavae_nb.interop.authors import lightningdit_config, load_lightningdit, load_vavae, save_lightningdit, save_vavae, vavae_config
+from vavae_nb.interop.loading import load_dit, load_tokenizer
+from vavae_nb.base.tensors import generator, test_tensor as check
+from vavae_nb.base.tensor_files import load_tensors, save_tensors
+from vavae_nb.base.foreign_files import load_torch
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 GOLDEN = Path(__file__).parent/"golden"
@@ -230,8 +233,8 @@ def test_a_folder_is_read_without_diffusers(tmp_path):
     code = f"""
 import sys
 sys.modules["diffusers"] = None
-from vavae_nb.published import from_diffusers, to_diffusers
-from vavae_nb.core import ConfigError
+from vavae_nb.interop.diffusers import from_diffusers, to_diffusers
+from vavae_nb.base.errors import ConfigError
 tok = from_diffusers({str(tmp_path)!r})
 print(tok.fingerprint())
 try: to_diffusers(tok)

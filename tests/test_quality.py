@@ -3,9 +3,9 @@ import json, math
 from dataclasses import FrozenInstanceError
 import numpy as np, pytest, torch
 from scipy.linalg import sqrtm
-from vavae_nb.core import DataError, ShapeError
+from vavae_nb.base.errors import DataError, ShapeError
 from vavae_nb.metrics.quality import FeatureStats, Measure, fd, frechet_distance, nearest_neighbours, psnr, reconstruction_metrics, ssim
-from vavae_nb.tensors import generator, test_tensor
+from vavae_nb.base.tensors import generator, test_tensor
 
 def rand(*size, what="x"): return torch.rand(*size, generator=generator(0, what))*2-1
 def randn(*size, what="x"): return torch.randn(*size, generator=generator(0, what), dtype=torch.float64)

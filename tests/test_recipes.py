@@ -1,10 +1,12 @@
 "Recipes: what the paper's rows differ in, small forms that train, and the command line that lists and plans them"
 import subprocess, sys
 import pytest, torch
-from vavae_nb.config import differences, flat, load_config, override, save_config
-from vavae_nb.core import ConfigError, WeightsError
-from vavae_nb.plan import build_dit, build_tokenizer, device_hours, paper_rate, plan
-from vavae_nb.recipes import recipe, recipes
+from vavae_nb.recipes.settings import differences, load_config, override, save_config
+from vavae_nb.recipes.config import flat
+from vavae_nb.base.errors import ConfigError, WeightsError
+from vavae_nb.training.networks import build_dit, build_tokenizer
+from vavae_nb.training.costs import device_hours, paper_rate, plan
+from vavae_nb.recipes.paper import recipe, recipes
 from vavae_nb.training.stages import run_stages
 
 NAMES = [k.removeprefix("imagenet256-") for k in recipes if k.startswith("imagenet256-")]
@@ -74,7 +76,7 @@ def test_phases_and_late_uniform_times_train(tmp_path):
 
 def test_the_original_dit_trains_on_a_published_tokenizer(tmp_path):
     "Table 1's first row in small: DDPM on latents of a given tokenizer, scaled by one factor"
-    from vavae_nb.published import save_vavae
+    from vavae_nb.interop.authors import save_vavae
     cfg = short("cifar10-table1-01-dit")
     with torch.random.fork_rng(): tok = build_tokenizer(cfg)
     save_vavae(tok, tmp_path/"vae.pt")

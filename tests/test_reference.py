@@ -2,11 +2,12 @@
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from vavae_nb.core import DataError, cache_dir
+from vavae_nb.base.errors import DataError
+from vavae_nb.base.files import cache_dir
 from vavae_nb.metrics.features import FeatureExtractor, extract_features
 from vavae_nb.metrics.quality import FeatureStats, frechet_distance
 from vavae_nb.metrics.reference import ImageFolder, StoredStats, load_images, load_reference, npz_array
-from vavae_nb.tensors import generator, test_tensor as check
+from vavae_nb.base.tensors import generator, test_tensor as check
 
 class Toy(nn.Module):
     "A linear map of an 8×8 image, named and sized so that it passes for the Inception"

@@ -3,12 +3,14 @@ import json, os, signal, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from together import dying
-from vavae_nb.config import Config, override, save_config
-from vavae_nb.core import DataError
+from vavae_nb.recipes.config import Config
+from vavae_nb.recipes.settings import override, save_config
+from vavae_nb.base.errors import DataError
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.generate import generate_images, load_samples
-from vavae_nb.latents import save_latent_stats
-from vavae_nb.published import save_lightningdit, save_vavae
+from vavae_nb.sampling.drawing import generate_images
+from vavae_nb.sampling.formats import load_samples
+from vavae_nb.tokenizer.statistics import save_latent_stats
+from vavae_nb.interop.authors import save_lightningdit, save_vavae
 from vavae_nb.sample import main
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 

@@ -112,9 +112,9 @@ def test_measurements_are_all_on_their_page():
 
 @pytest.mark.skipif(not shutil.which("node"), reason="Node.js is not on the PATH")
 def test_sliders_of_the_page_compute_what_the_widget_does(staged):
-    from vavae_nb.explorer import Times
+    from vavae_nb.paper.explorer import Times
     page = (NBS/"times.html").read_text(encoding="utf-8")
-    assert page in "".join(map(text, cells(staged/"91_explorer.ipynb", "markdown")))
+    assert page in "".join(map(text, cells(staged/"01_paper.explorer.ipynb", "markdown")))
     times, js = Times(), re.search(r"^const sigmoid.*?^}$", page, re.M|re.S)[0]
     for mean,std,shift in ((0., 1., .3), (-1.2, 1.7, .3), (1., .5, 2.)):
         out = subprocess.run(["node", "-e", f"{js}; console.log(JSON.stringify(numbers({mean}, {std}, {shift})))"], capture_output=True, encoding="utf-8", check=True).stdout

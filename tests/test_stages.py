@@ -3,9 +3,9 @@ import json, shutil, signal
 from contextlib import contextmanager, suppress
 import pytest
 from vavae_nb import train
-from vavae_nb.config import override
-from vavae_nb.core import CheckpointError, ConfigError, Stopped, VavaeError
-from vavae_nb.recipes import recipe
+from vavae_nb.recipes.settings import override
+from vavae_nb.base.errors import CheckpointError, ConfigError, Stopped, VavaeError
+from vavae_nb.recipes.paper import recipe
 from vavae_nb.training import stages
 from vavae_nb.training.stages import Run, run_stages
 

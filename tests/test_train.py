@@ -2,9 +2,9 @@
 import json, os, subprocess, sys
 import numpy as np, pytest
 from PIL import Image
-from vavae_nb.config import load_config
-from vavae_nb.core import VavaeError
-from vavae_nb.data import embedded
+from vavae_nb.recipes.settings import load_config
+from vavae_nb.base.errors import VavaeError
+from vavae_nb.data.images import embedded
 
 SMALL = ["--recipe", "smoke", "--device", "cpu", "--set", "tokenizer.ch=16", "tokenizer.latent_dim=4", "tokenizer_training.lpips_slices=1", "dit.depth=1",
          "evaluation.extractors=alexnet", "evaluation.images=40"]

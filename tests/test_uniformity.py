@@ -4,9 +4,9 @@ import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from scipy.stats import gaussian_kde
 from threadpoolctl import threadpool_info
-from vavae_nb.core import DataError, ShapeError
+from vavae_nb.base.errors import DataError, ShapeError
 from vavae_nb.metrics.uniformity import density_cv, gini, kde_at_points, knn_distance_cv, latent_vectors, normalised_entropy, plot_density, tsne_2d, uniformity
-from vavae_nb.tensors import generator, test_tensor
+from vavae_nb.base.tensors import generator, test_tensor
 
 def randn(*size, what="x", **kw): return torch.randn(*size, generator=generator(0, what), **kw)
 

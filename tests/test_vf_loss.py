@@ -3,8 +3,9 @@ import json
 from pathlib import Path
 import pytest, torch
 from torch.nn import functional as F
-from vavae_nb.core import ConfigError, ShapeError
-from vavae_nb.tensors import generator, load_tensors, test_tensor as check
+from vavae_nb.base.errors import ConfigError, ShapeError
+from vavae_nb.base.tensors import generator, test_tensor as check
+from vavae_nb.base.tensor_files import load_tensors
 from vavae_nb.tokenizer.vf_loss import VFLoss, cosine_loss, distmat_loss
 
 golden, meta = load_tensors(Path(__file__).parent/"golden"/"vf_loss.safetensors")

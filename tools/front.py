@@ -11,10 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from vavae_nb.ablations import configuration, run_folder, tables
-from vavae_nb.data import embedded, first_of_each
-from vavae_nb.figures import picture
-from vavae_nb.generate import load_samples
+from vavae_nb.paper.tables import configuration, tables
+from vavae_nb.paper.runs import run_folder
+from vavae_nb.data.images import embedded
+from vavae_nb.data.folders import first_of_each
+from vavae_nb.paper.figures import picture
+from vavae_nb.sampling.formats import load_samples
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 ROOT = Path(__file__).resolve().parent.parent

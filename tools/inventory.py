@@ -4,8 +4,8 @@
 """
 import re
 from pathlib import Path
-from vavae_nb.ablations import inventory, load_table
-from vavae_nb.figures import picture, plot_frontier
+from vavae_nb.paper.results import inventory, load_table
+from vavae_nb.paper.figures import picture, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -153,7 +153,7 @@ def main():
         for name, parts in TOGETHER.items(): print(f"{name}: {', '.join(parts)}")
         return
     import torch
-    from vavae_nb.generate import versions
+    from vavae_nb.sampling.sets import versions
     table = json.loads(a.out.read_text()) if a.out.exists() else dict(command="make test-portable", settings={})
     failed = []
     wanted = {k: SETTINGS.get(k) or together(TOGETHER[k]) for k in a.settings}

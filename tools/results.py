@@ -7,7 +7,7 @@ The second form keeps only how long the stages of one run took, and on what. Mea
 """
 import json, shutil, statistics, sys
 from pathlib import Path
-from vavae_nb.config import differences, load_config
+from vavae_nb.recipes.settings import differences, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,13 +9,15 @@ The run is measured as it was; what rounding to float16 changes is measured here
 import json, sys
 from pathlib import Path
 import torch
-from vavae_nb.ablations import configuration, run_folder, tables
-from vavae_nb.config import flat, load_config
-from vavae_nb.core import atomic_write, sha256_file
-from vavae_nb.data import embedded
-from vavae_nb.evaluation import evaluate_reconstruction
-from vavae_nb.generate import class_labels, generate_images, load_pair
-from vavae_nb.tensors import load_tensors, save_tensors
+from vavae_nb.paper.tables import configuration, tables
+from vavae_nb.paper.runs import run_folder
+from vavae_nb.recipes.config import flat
+from vavae_nb.recipes.settings import load_config
+from vavae_nb.base.files import atomic_write, sha256_file
+from vavae_nb.data.images import embedded
+from vavae_nb.metrics.reconstruction import evaluate_reconstruction
+from vavae_nb.sampling.drawing import class_labels, generate_images, load_pair
+from vavae_nb.base.tensor_files import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 

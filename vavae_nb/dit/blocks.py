@@ -10,8 +10,8 @@ __all__ = ['linear', 'RMSNorm', 'make_norm', 'swiglu_hidden', 'SwiGLU', 'Mlp', '
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import ConfigError
-from ..tensors import at_least_fp32
+from ..base.errors import ConfigError
+from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/30_dit.blocks.ipynb #8b177e4b
 def linear(

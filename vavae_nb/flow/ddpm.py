@@ -14,10 +14,10 @@ from functools import partial
 from typing import Callable
 import torch
 from torch import Tensor
-from ..core import ConfigError, ShapeError, unknown_name
+from ..base.errors import ConfigError, ShapeError, unknown_name
 from .path import _draw, velocity_mse
 from .sampler import Guided, _steps, in_batches
-from ..tensors import at_least_fp32, check_labels
+from ..base.tensors import at_least_fp32, check_labels
 
 # %% ../../nbs/34_flow.ddpm.ipynb #ddf34008
 class NoiseSchedule:

@@ -13,8 +13,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..core import ConfigError, ShapeError, unknown_name
-from ..tensors import at_least_fp32
+from ..base.errors import ConfigError, ShapeError, unknown_name
+from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/32_flow.path.ipynb #407a8694
 class FlowPath:

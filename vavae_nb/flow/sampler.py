@@ -12,10 +12,10 @@ from functools import partial
 from typing import Callable, Iterator
 import numpy as np, torch
 from torch import Tensor, nn
-from ..core import ConfigError, ShapeError, VavaeError, unknown_name
-from ..core import progress as progress_bar
+from ..base.errors import ConfigError, ShapeError, VavaeError, unknown_name
+from ..base.progress import progress as progress_bar
 from .path import FlowPath, LinearPath
-from ..tensors import ImageNoise, check_labels
+from ..base.tensors import ImageNoise, check_labels
 
 # %% ../../nbs/33_flow.sampler.ipynb #6093fbba
 def time_grid(

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import CheckpointError, ConfigError, DataError, ShapeError, WeightsError, cache_dir, progress, unknown_name
-from ..pretrained import inception_network, timm_network, weights_sha256
-from ..processes import gather_rows, is_first, max_over, share, wait, world_size
-from ..tensors import autocast, load_tensors, resolve_precision, save_tensors
+from ..base.errors import CheckpointError, ConfigError, DataError, ShapeError, WeightsError, unknown_name
+from ..base.files import cache_dir
+from ..base.progress import progress
+from ..base.pretrained import inception_network, timm_network, weights_sha256
+from ..base.processes import gather_rows, is_first, max_over, share, wait, world_size
+from ..base.tensors import autocast, resolve_precision
+from ..base.tensor_files import load_tensors, save_tensors
 from ..tokenizer.autoencoder import to_uint8
 from ..tokenizer.perceptual import ConvStages
 

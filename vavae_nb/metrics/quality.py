@@ -12,7 +12,7 @@ from typing import Any, Callable
 import numpy as np, torch, torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
-from ..core import DataError, ShapeError
+from ..base.errors import DataError, ShapeError
 
 # %% ../../nbs/41_metrics.quality.ipynb #e229505e
 def _image_pair(x, y): # float32, so that bf16 reconstructions are measured, not their rounding

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from ..core import DataError, ShapeError, progress
-from ..tensors import generator as make_generator
+from ..base.errors import DataError, ShapeError
+from ..base.progress import progress
+from ..base.tensors import generator as make_generator
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #db6ed1d9
 def latent_vectors(

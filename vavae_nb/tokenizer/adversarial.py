@@ -11,9 +11,9 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..core import ConfigError, ShapeError
-from ..processes import sum_over, sum_with_gradient, world_size
-from ..tensors import at_least_fp32
+from ..base.errors import ConfigError, ShapeError
+from ..base.processes import sum_over, sum_with_gradient, world_size
+from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/12_tokenizer.adversarial.ipynb #f9cb6350
 class BatchNorm(nn.BatchNorm2d):

@@ -13,8 +13,9 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..core import CheckpointError, ConfigError, DataError, ShapeError
-from ..tensors import at_least_fp32, build_from, load_tensors, save_tensors
+from ..base.errors import CheckpointError, ConfigError, DataError, ShapeError
+from ..base.tensors import at_least_fp32
+from ..base.tensor_files import build_from, load_tensors, save_tensors
 
 # %% ../../nbs/10_tokenizer.autoencoder.ipynb #8016b3e8
 class Posterior:

@@ -15,10 +15,12 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from ..core import ConfigError, DataError, ShapeError, atomic_write, cache_dir, progress, sweep_temporary, writing
-from ..pretrained import timm_network
-from ..processes import is_first, max_over, share, wait, world_size
-from ..tensors import autocast, generator, has_bf16, rel_err
+from ..base.errors import ConfigError, DataError, ShapeError
+from ..base.files import atomic_write, cache_dir, sweep_temporary, writing
+from ..base.progress import progress
+from ..base.pretrained import timm_network
+from ..base.processes import is_first, max_over, share, wait, world_size
+from ..base.tensors import autocast, generator, has_bf16, rel_err
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #688dce32
 def choose_layer(
@@ -153,7 +155,7 @@ def feature_precision(
 # %% ../../nbs/13_tokenizer.foundation.ipynb #0111f84c
 def cached_features(
     vfm:FoundationModel,  # The network
-    images,               # With `len`, `.fingerprint` and `.batch(indices, flip)`, such as `vavae_nb.data.Images`
+    images,               # With `len`, `.fingerprint` and `.batch(indices, flip)`, such as `vavae_nb.data.images.Images`
     batch_size:int=64,    # Images at a time
     precision:str="auto", # `auto` (see `fast_precision`), `fp32` or `bf16`
 )->np.memmap:             # (n, 2, D, grid, grid) float16; `[:, 1]` of the mirrored images

@@ -8,9 +8,9 @@ __all__ = ['STAGES', 'ConvStages', 'unit_channels', 'LPIPS']
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #c2aa681c
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import ConfigError, ShapeError, unknown_name
-from ..pretrained import lpips_tensors
-from ..tensors import at_least_fp32
+from ..base.errors import ConfigError, ShapeError, unknown_name
+from ..base.pretrained import lpips_tensors
+from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #fe79fe8d
 STAGES = {"vgg16": ("CC", "PCC", "PCCC", "PCCC", "PCCC"), "alexnet": ("C", "PC", "PC", "C", "C")}

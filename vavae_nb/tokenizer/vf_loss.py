@@ -9,8 +9,8 @@ __all__ = ['cosine_loss', 'distmat_loss', 'VFLoss']
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..core import ConfigError, ShapeError, unknown_name
-from ..tensors import at_least_fp32
+from ..base.errors import ConfigError, ShapeError, unknown_name
+from ..base.tensors import at_least_fp32
 from .adversarial import adaptive_weight
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #fbd98c60
