@@ -37,7 +37,7 @@ def toy(*cbs, n=66, bs=12):
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)); y = x@torch.tensor([[2.], [-1.]])
     torch.manual_seed(0)
     dls = Loaders(Batches(n, lambda i,f: (x[i], y[i]), bs))
-    return Learner(dls, nn.Linear(2, 1), Loss(dls.train.share), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.1,
+    return Learner(dls, nn.Linear(2, 1), Loss(dls.train.fraction), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.1,
                    cbs=[MicroBatches(), ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20), *cbs])
 
 def rows(path, stage="toy"): return {k: v for k,v in read_log(path)[stage].items() if k not in CLOCKS}

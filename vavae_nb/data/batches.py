@@ -11,7 +11,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 from ..base.errors import DataError
-from ..base.processes import share
+from ..base.processes import rows_of
 from ..base.tensors import generator
 
 # %% ../../nbs/64_data.batches.ipynb #68816996
@@ -28,12 +28,12 @@ class Batches:
     ):
         if n < 1 or batch_size < 1: raise DataError(f"cannot make batches of {batch_size} from {n} items")
         self.n,self.fetch,self.bs,self.seed,self.shuffle,self.flip,self.ahead = n,fetch,min(batch_size, n),seed,shuffle,flip,ahead
-        self.rows = share(self.bs) if shuffle else slice(None) # Of each batch those of this process; of a pass in order, all
+        self.rows = rows_of(self.bs) if shuffle else slice(None) # Of each batch those of this process; of a pass in order, all
         self.epoch,self.start,self.indices = 0,0,None          # `indices`: of the batch that was given out last
 
     def __len__(self): return self.n//self.bs if self.shuffle else -(-self.n//self.bs)
     @property
-    def share(self)->float: return (self.rows.stop-self.rows.start)/self.bs if self.shuffle else 1. # Of this process in each batch
+    def fraction(self)->float: return (self.rows.stop-self.rows.start)/self.bs if self.shuffle else 1. # Of this process in each batch
 
     def seek(self,
         batch:int, # Batches given out before, over all epochs

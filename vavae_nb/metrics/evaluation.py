@@ -17,7 +17,7 @@ from .features import FeatureExtractor
 from .quality import Measure
 
 # %% ../../nbs/79_metrics.evaluation.ipynb #1014d175
-_kind = "vavae_nb.metrics.evaluation"
+_kind = "vavae_nb.evaluation"
 _parts = dict(action=str, about=dict, figures=list, omitted=list)
 _figure = dict(metric=str, value=(int, float), standard_error=(int, float, type(None)), n=int, n_reference=int,
                extractor=str, reference=str, settings=dict)

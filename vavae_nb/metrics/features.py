@@ -18,7 +18,7 @@ from ..base.errors import CheckpointError, ConfigError, DataError, ShapeError, W
 from ..base.files import cache_dir
 from ..base.progress import progress
 from ..base.pretrained import inception_network, timm_network, weights_sha256
-from ..base.processes import gather_rows, is_first, max_over, share, wait, world_size
+from ..base.processes import gather_rows, is_first, max_over, rows_of, wait, world_size
 from ..base.tensors import autocast, resolve_precision
 from ..base.tensor_files import load_tensors, save_tensors
 from ..tokenizer.autoencoder import to_uint8
@@ -182,7 +182,7 @@ def shared_batches(
     for i in range(0, n, step):
         k = min(step, n-i)
         if k < world_size(): out.append((slice(i, i+k), lambda x: x)); continue # Too few to share: each computes them all
-        s = share(k)
+        s = rows_of(k)
         out.append((slice(i+s.start, i+s.stop), partial(gather_rows, n=k)))
     return out
 

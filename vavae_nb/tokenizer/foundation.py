@@ -19,7 +19,7 @@ from ..base.errors import ConfigError, DataError, ShapeError
 from ..base.files import atomic_write, cache_dir, sweep_temporary, writing
 from ..base.progress import progress
 from ..base.pretrained import timm_network
-from ..base.processes import is_first, max_over, share, wait, world_size
+from ..base.processes import is_first, max_over, rows_of, wait, world_size
 from ..base.tensors import autocast, generator, has_bf16, rel_err
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #688dce32
@@ -180,7 +180,7 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
                           "free some space or set VAVAE_NB_CACHE to a folder on a larger disk")
     if is_first(): sweep_temporary(path.parent)
     np.lib.format.write_array_header_1_0(head := io.BytesIO(), dict(descr="<f2", fortran_order=False, shape=shape))
-    rows = share(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # Too few to share: the first computes them
+    rows = rows_of(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # Too few to share: the first computes them
     with _one_file(path, device) as tmp, open(tmp, "r+b") as f, progress(total=rows.stop-rows.start, desc=f"features of {vfm.name}", unit="img") as bar:
         if is_first(): f.write(head.getvalue())
         f.seek(len(head.getvalue())+rows.start*(need//shape[0]))

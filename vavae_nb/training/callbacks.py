@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.checkpoints import Checkpoints
 from ..base.stopping import StopSignals
 from ..base.errors import Stopped, VavaeError
-from ..base.processes import is_first, max_over, share, sum_over, world_size
+from ..base.processes import is_first, max_over, rows_of, sum_over, world_size
 from ..base.tensors import autocast, rng_state, set_rng_state, set_tf32
 
 # %% ../../nbs/36_training.callbacks.ipynb #97a7e817
@@ -121,7 +121,7 @@ class MicroBatches(Callback):
         self.learn.parts = [(self.xb, self.yb, self.whole)]
         if not self.training or self.n == 1: return
         cut = lambda tensors, s: tuple(o[s] if isinstance(o, Tensor) else o for o in tensors)
-        self.learn.parts = [(cut(self.xb, s), cut(self.yb, s), self.whole*(s.stop-s.start)/b) for s in (share(b, self.n, k) for k in range(self.n))]
+        self.learn.parts = [(cut(self.xb, s), cut(self.yb, s), self.whole*(s.stop-s.start)/b) for s in (rows_of(b, self.n, k) for k in range(self.n))]
         with model.no_sync() if hasattr(model, "no_sync") else nullcontext(): # Processes sum their gradients once, after the last part
             if hasattr(type(loss), "probes"): loss.probed = self._probes(loss, get_model(model))
             for xb,yb,loss.share in self.parts[:-1]:

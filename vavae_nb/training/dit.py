@@ -92,7 +92,7 @@ def dit_learner(
     callbacks = [FlowBatch(flow, training.label_dropout, seed, training.uniform_from), Autocast(precision), MicroBatches(training.accumulate), log or TermsLog(), ClipGrad(training.clip),
                  FiniteGuard(patience), DataParallel(), LRSchedule(training.steps, training.schedule, training.warmup), EMA(training.ema), MaxSteps(training.steps)]
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, betas=training.betas, weight_decay=training.weight_decay, fused=True)
-    return Learner(dls, model, DiTLoss(flow, dls.train.share), opt_func=opt, lr=training.lr, wd=training.weight_decay, cbs=[*callbacks, *cbs])
+    return Learner(dls, model, DiTLoss(flow, dls.train.fraction), opt_func=opt, lr=training.lr, wd=training.weight_decay, cbs=[*callbacks, *cbs])
 
 def _check(model, z):
     want = (model.in_channels, model.input_size, model.input_size)

@@ -186,7 +186,7 @@ def tokenizer_learner(
         return x, x, *f
     def fetch_valid(i, flip): x = valid.batch(i); return x, x
     dls = Loaders(Batches(len(train), fetch, training.batch_size, seed, ahead=torch.device(device).type != "cpu"), Batches(len(valid), fetch_valid, training.batch_size, shuffle=False) if valid else (), device)
-    dls.n_inp, loss.share = 1, dls.train.share
+    dls.n_inp, loss.share = 1, dls.train.fraction
     for m in (tokenizer, loss): m.to(memory_format=torch.channels_last)
     callbacks = [PosteriorNoise(seed), Autocast(precision), MicroBatches(training.accumulate), log or TermsLog(), ClipGrad(training.clip), FiniteGuard(patience), DataParallel(),
                  LRSchedule(training.steps, training.schedule, training.warmup), MaxSteps(training.steps)]
