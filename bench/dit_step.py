@@ -35,7 +35,7 @@ tolerance = 1e-4 if precision == "fp32" else 5e-3
 rate = measured_rate(a.device, torch.bfloat16 if precision == "bf16" else torch.float32, *([8192] if cuda else []))
 
 class Begin(Callback):
-    "The clocks as our step begins; after `FlowBatch`, which draws, before `MicroBatches`, which computes"
+    "The clocks as our step begins; after `FlowBatch`, which draws, before the model"
     order = 9
     def before_batch(self): synchronize(a.device); self.learn.began = time.perf_counter(), time.process_time()
 

@@ -22,7 +22,7 @@ from vavae_nb.tokenizer.adversarial import PatchGAN, adaptive_weight, generator_
 from vavae_nb.tokenizer.foundation import FoundationModel
 from vavae_nb.tokenizer.perceptual import LPIPS
 from vavae_nb.tokenizer.vf_loss import VFLoss
-from vavae_nb.training.tokenizer import TokenizerLoss
+from vavae_nb.training.objective import TokenizerLoss
 
 p = options(__doc__)
 p.add_argument("--batch", type=int, help="images (default: 32; on a GPU 8)")
@@ -38,7 +38,9 @@ work = tempfile.TemporaryDirectory()
 np.save(Path(work.name)/"features.npy", vfm(x).half().cpu().numpy())
 kept = np.load(Path(work.name)/"features.npy", mmap_mode="r")
 order = np.arange(batch) # As a shuffled batch reads them: row by row
-loss = TokenizerLoss(tok, TokenizerTraining(disc_start=0), lpips, disc, vf)
+objective = TokenizerLoss(TokenizerTraining(disc_start=0), lpips, disc, vf)
+
+def loss(pred, x, f): return objective(pred, x, f, tokenizer=tok)
 
 def cached(): return torch.from_numpy(np.asarray(kept[order])).float().to(a.device)
 
@@ -47,7 +49,7 @@ def published(pred, x, f):
     nll = ((x-rec).abs()+lpips(x, rec)).sum()/len(x)
     g, v = generator_loss(disc(rec)), vf(z, f)[0]
     d_scale = .5*adaptive_weight(nll, g, tok.decoder_last, 1e4)
-    return nll+1e-6*posterior.kl().mean()+d_scale*g+vf.scale(nll, v, tok.encoder_last)*v
+    return nll+1e-6*posterior.kl().mean()+d_scale*g+vf.vf_weight*adaptive_weight(nll, v, tok.encoder_last, 1e8)*v
 
 def step(loss, features):
     tok.zero_grad()

@@ -11,18 +11,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from vavae_nb.data.batches import Batches
 from vavae_nb.base.processes import is_first, joined
-from vavae_nb.training.callbacks import ClipGrad, DataParallel, Loaders, LRSchedule, MaxSteps, MicroBatches, Resume, fit_steps, training_state
+from vavae_nb.training.callbacks import ClipGrad, DataParallel, Loaders, LRSchedule, MaxSteps, StepLearner, fit_steps
 from vavae_nb.training.logs import StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, read_log
+from vavae_nb.training.resuming import Resume, training_state
 
 CLOCKS = ("images_per_second", "memory_gb", "mfu")
 
 class Loss(nn.Module):
-    "Of two terms, one of them in two steps of three; a share of the batch's mean"
-    def __init__(self, share): super().__init__(); self.share = share; self.register_buffer("step", torch.tensor(0))
+    "Of two terms, one of them in two steps of three"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("step", torch.tensor(0))
     def forward(self, pred, y):
         self.step += 1
-        parts = {"loss/error": self.share*(pred-y).square().mean()}
-        if self.step % 3: parts["loss/size"] = self.share*.01*pred.abs().mean()
+        parts = {"loss/error": (pred-y).square().mean()}
+        if self.step % 3: parts["loss/size"] = .01*pred.abs().mean()
         self.terms = {k: v.detach() for k,v in parts.items()}
         return sum(parts.values())
 
@@ -37,8 +40,8 @@ def toy(*cbs, n=66, bs=12):
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)); y = x@torch.tensor([[2.], [-1.]])
     torch.manual_seed(0)
     dls = Loaders(Batches(n, lambda i,f: (x[i], y[i]), bs))
-    return Learner(dls, nn.Linear(2, 1), Loss(dls.train.fraction), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.1,
-                   cbs=[MicroBatches(), ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20), *cbs])
+    sgd, usual = partial(OptimWrapper, opt=torch.optim.SGD), [ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20)]
+    return StepLearner(dls, nn.Linear(2, 1), Loss(), opt_func=sgd, lr=.1, cbs=[*usual, *cbs])
 
 def rows(path, stage="toy"): return {k: v for k,v in read_log(path)[stage].items() if k not in CLOCKS}
 def close(a, b): # Six digits are written

@@ -98,7 +98,7 @@ def batch_items(
     learn:Learner, # In the middle of a step
 )->int:            # Of this process
     "How many items the batch holds, in parts or whole"
-    return sum(len(yb[0]) for _,yb,_ in learn.parts) if getattr(learn, "parts", None) else len(learn.yb[0])
+    return sum(len(yb[0]) for _,_,yb in learn.parts) if getattr(learn, "parts", None) else len(learn.yb[0])
 
 def peak_memory(
     device:torch.device, # Where the training runs
@@ -135,9 +135,7 @@ class TermsLog(Callback):
         self.clock = time.time()
         if self.flops and self.peak and is_first(): print(f"mfu is the share of {self.peak[0]/1e12:.3g} TFLOP/s"+(f" on each of {world_size()} devices" if world_size() > 1 else "")+f", {self.peak[1]}")
     def before_batch(self): self.learn.terms = {}
-    def after_loss(self):
-        log_terms(self.learn, loss=self.learn.loss, **getattr(self.loss_func, "terms", {}))
-        log_terms(self.learn, same=True, lr=self.opt.hypers[0]["lr"] if self.training else 0.)
+    def after_backward(self): log_terms(self.learn, same=True, lr=self.opt.hypers[0]["lr"])
     def after_batch(self):
         if not self.training: return
         for k,v in self.learn.terms.items(): self.sums[k],self.counts[k] = self.sums.get(k, 0.)+_wide(v),self.counts.get(k, 0)+1

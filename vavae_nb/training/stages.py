@@ -49,7 +49,8 @@ from ..base.tensors import autocast, generator, pick_device, precisions, resolve
 from ..base.tensor_files import load_tensors
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.foundation import FoundationModel, Shuffled, cached_features, low_pass
-from .callbacks import Checkpointing, Resume, fit_steps
+from .callbacks import fit_steps
+from .resuming import Checkpointing, Resume
 from .dashboard import LatentDashboard, probe_images
 from .dit import dit_learner
 from .logs import Every, StepBar, TensorBoardWriter, TermsLog, WandbWriter, cut_log, plot_history, read_log
