@@ -1,14 +1,14 @@
-"The house itself: exports in sync, import direction, light imports, small notebooks"
+"The house itself: exports in sync, rooms, widths, one reading order, light imports, small notebooks"
 import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT/"tools"))
-from rooms import imports, numbers, source
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
-PURE = ["processes", "checkpoints", "tokenizer.adversarial", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
-        "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "metrics.latents", "evaluation", "latents"]
+from order import contradicting, pages
+from rooms import COMMANDS, ROOMS, cycles, notebooks, numbers, room, source, upward
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+WIDTH = 120
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
 
@@ -30,27 +30,64 @@ def test_readme_is_in_sync():
     r = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, encoding="utf-8")
     assert r.returncode == 0, r.stderr
 
-def test_imports_point_downwards():
-    number, wrong = numbers(), []
-    assert len(number) > 15
-    for module,n in number.items():
-        for other in imports(source(module).read_text(encoding="utf-8"), module):
-            if other not in number or number[other] >= n or {module.split(".")[0], other.split(".")[0]} == {"dit", "flow"}: wrong.append(f"{module} ({n}) imports {other} ({number.get(other)})")
-    assert wrong == []
+def test_every_module_has_a_room():
+    modules = numbers()
+    assert len(modules) > 50 and {room(m) for m in modules} == set(ROOMS)
+    assert {m for m in modules if room(m) == COMMANDS} == {"train", "extract", "sample", "evaluate", "ablations"}
 
-def test_only_training_knows_fastai():
-    number = numbers()
-    names = lambda t: {a.name.split(".")[0] for n in ast.walk(t) if isinstance(n, ast.Import) for a in n.names} | {(n.module or "").split(".")[0] for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and not n.level}
-    uses = {m for m in number if "fastai" in names(ast.parse(source(m).read_text(encoding="utf-8")))}
-    assert uses and all(number[m] >= 50 for m in uses)
+def test_imports_go_down(): assert upward() == []
 
-def test_pure_modules_stay_light():
-    r = python("import sys, vavae_nb\n" + "\n".join(f"import vavae_nb.{m}" for m in PURE) + "\nprint([m for m in ('fastai', 'torchvision', 'timm') if m in sys.modules])")
+def test_modules_of_a_room_import_each_other_in_one_direction(): assert cycles() == []
+
+def test_only_training_and_commands_know_fastai():
+    def packages(code):
+        for n in ast.walk(ast.parse(code)):
+            if isinstance(n, ast.Import): yield from (a.name.split(".")[0] for a in n.names)
+            elif isinstance(n, ast.ImportFrom) and not n.level: yield n.module.split(".")[0]
+    users = {m for m in numbers() if "fastai" in packages(source(m).read_text(encoding="utf-8"))}
+    assert users and {room(m) for m in users} <= {"training", COMMANDS}
+
+def test_the_rest_stays_light():
+    modules = [m for m in numbers() if room(m) not in ("training", "paper", COMMANDS)]
+    heavy = ("fastai", "torchvision", "timm")
+    lines = ["import sys", *(f"import vavae_nb.{m}" for m in modules), f"print([m for m in {heavy} if m in sys.modules])"]
+    r = python("\n".join(lines))
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
 
 def test_the_package_and_its_help_need_no_torch():
-    r = python("import sys, vavae_nb, vavae_nb.recipes.config, vavae_nb.train, vavae_nb.extract, vavae_nb.sample, vavae_nb.evaluate; print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])")
+    commands = [m for m in numbers() if room(m) == COMMANDS]
+    lines = ["import sys", "import vavae_nb.recipes.config", *(f"import vavae_nb.{m}" for m in commands)]
+    r = python("\n".join([*lines, "print([m for m in ('torch', 'fastai', 'numpy') if m in sys.modules])"]))
     assert r.stdout.strip() == "[]", r.stdout+r.stderr
+
+@pytest.mark.parametrize("module", ["fcntl", "resource"])
+def test_importing_needs_no_module_that_only_unix_has(module):
+    "Another module than those hidden may need them on Linux, so only our own imports count"
+    for m in numbers():
+        tree = ast.parse(source(m).read_text(encoding="utf-8"))
+        for node in tree.body: # What a function imports when it is called is another matter
+            if isinstance(node, ast.Import): assert module not in [a.name for a in node.names], m
+
+def too_wide(text): return [line for line in text.splitlines() if len(line) > WIDTH]
+
+def test_no_line_of_the_package_is_wider_than_a_page():
+    wide = {m: lines for m in numbers() if (lines := too_wide(source(m).read_text(encoding="utf-8")))}
+    assert wide == {}
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_cell_is_wider_than_a_page(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [l for c in cells if c["cell_type"] == "code" for l in too_wide("".join(c["source"]))] == []
+
+def test_no_two_notebooks_share_a_number():
+    names = [p.name for p in notebooks()]
+    assert len({n[:2] for n in names}) == len(names)
+
+def test_numbers_are_the_reading_order():
+    numbered = [href for href,_ in pages() if href[0].isdigit()]
+    assert numbered == sorted(numbered)
+
+def test_closing_links_follow_the_reading_order(): assert contradicting() == [], "run python tools/order.py"
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_executed_clean_and_small(path):

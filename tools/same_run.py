@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = "[{steps: 4, vf_weight: 0.5, cos_margin: 0, distmat_margin: 0}, {steps: 4, disc_start: 2}]"
 SETTINGS = ["precision=fp32", f"tokenizer_training.phases={PHASES}", "tokenizer_training.lpips_every=2",
             "vf.adaptive_every=2", "saving.every=3", "saving.log_every=1", "dit_training.ema=.9"]
-VARIES = ("seconds", "commit", "versions", "images_per_second", "memory_gb", "mfu")
+VARIES = ("seconds", "feature_seconds", "commit", "versions", "images_per_second", "memory_gb", "mfu")
 
 
 def make(folder, code):
