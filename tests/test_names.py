@@ -22,7 +22,7 @@ ODD = ["two\nlines", "a\n\n# heading", "tab\there", "\x07\x1b[31mred", "\u2028li
        "שלום עולם", "مرحبا", "猫と犬", "😀👩‍👩‍👧", "e"+"\u0301"*30,
        "caf\udce9", "\ud800", "\u202eturned", "\x00", " ", "n"*200, "W"*200, "猫"*200]
 EVERY = MARKUP+ODD
-ids = lambda name: re.sub(r"\W", lambda m: f"-{ord(m[0]):x}", name)[:40]
+def ids(name): return re.sub(r"\W", lambda m: f"-{ord(m[0]):x}", name)[:40]
 each = pytest.mark.parametrize("name", EVERY, ids=ids)
 
 def as_seen(name): return re.sub(r"\s+", " ", words.one_line(name)).strip() # HTML makes one space of many
@@ -69,14 +69,13 @@ def test_matplotlib_takes_it_letter_for_letter(name):
 def test_matplotlib_reads_nothing_in_any_place(some):
     fig, ax = plt.subplots(figsize=(2, 2))
     texts = [words.as_label(n) for n in some]
-    a, b, c, d, *_ = texts
     for t in texts:
         ax.plot([0, 1], label=t)
         ax.text(.5, .5, t)
         ax.annotate(t, (0, 0))
     ax.set_xticks(range(len(texts)), texts)
-    ax.set(title=a, xlabel=b, ylabel=c)
-    fig.suptitle(d)
+    ax.set(title=texts[0], xlabel=texts[1], ylabel=texts[2])
+    fig.suptitle(texts[3])
     assert [t.get_text() for t in ax.legend().get_texts()] == texts # None has vanished
     with words.quiet_glyphs(): fig.savefig(io.BytesIO())
 

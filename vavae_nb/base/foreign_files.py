@@ -163,7 +163,7 @@ class ScriptUnpickler(ArrayUnpickler):
         return _Shell if module.startswith("__torch__.") else super().find_class(module, name)
 
     def persistent_load(self, storage):
-        _, dtype, key, *_ = storage
+        dtype, key = storage[1:3]
         return np.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype)
 
 def _named_tensors(shell, prefix=""):
@@ -196,7 +196,7 @@ def npz_names(
     except Exception as e: raise _not_npz(path, e) from None
 
 def _npy_header(f, size, packed_size):
-    "Shape, order, type and first byte of an array of so many bytes"
+    "Shape, order and type of an array, if the file has the numbers for it"
     formats = np.lib.format
     first = formats.read_magic(f) == (1, 0)
     shape, fortran, dtype = formats.read_array_header_1_0(f) if first else formats.read_array_header_2_0(f)
@@ -204,7 +204,7 @@ def _npy_header(f, size, packed_size):
     has_numbers = f.tell()+math.prod(shape)*dtype.itemsize == size
     if not has_numbers or size > 1100*packed_size: # Deflate makes a thousandth at best
         raise ValueError(f"its header claims {dtype} of shape {shape}, which the file does not hold")
-    return shape, "F" if fortran else "C", dtype, f.tell()
+    return shape, "F" if fortran else "C", dtype
 
 def _data_start(f, info):
     "Where an archive's entry begins: its local header repeats the name, and has extra bytes of its own"
@@ -222,7 +222,8 @@ def npz_array(
         with zipfile.ZipFile(path) as z:
             info = z.getinfo(f"{name}.npy")
             with z.open(info) as f:
-                shape, order, dtype, start = _npy_header(f, info.file_size, info.compress_size)
+                shape, order, dtype = _npy_header(f, info.file_size, info.compress_size)
+                start = f.tell()
                 mapped = info.compress_type == zipfile.ZIP_STORED and 0 not in shape
                 while check and mapped and f.read(2**22): pass # zipfile compares at the end
         if mapped:

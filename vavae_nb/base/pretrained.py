@@ -331,11 +331,11 @@ def _packed_inception(names, path):
     packed = read_script(path)
     ours = [k.removesuffix(".conv.weight") for k in names if k.endswith(".conv.weight")]
     theirs = [k.removesuffix(".weight") for k in packed if k.endswith(".weight")]
+    parts = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean", "bn.running_var": "var"}
     tensors = {}
     for our,their in zip(ours, theirs):
-        weight, beta, mean, var = (packed[f"{their}.{k}"] for k in ("weight", "beta", "mean", "var"))
-        tensors |= {f"{our}.conv.weight": weight, f"{our}.bn.weight": torch.ones_like(beta), f"{our}.bn.bias": beta,
-                    f"{our}.bn.running_mean": mean, f"{our}.bn.running_var": var}
+        tensors |= {f"{our}.{k}": packed[f"{their}.{part}"] for k,part in parts.items()}
+        tensors[f"{our}.bn.weight"] = torch.ones_like(packed[f"{their}.beta"])
     return tensors
 
 def _blank_inception():
