@@ -40,7 +40,7 @@ class ProgressLines(tqdm_plain):
         every:float=10.,       # Seconds between lines
         file=None,             # Default: standard error
     ):
-        super().__init__(it, desc, total, file=file, unit=unit, initial=initial,
+        super().__init__(it, desc, total, unit=unit, initial=initial, file=file, disable=False,
                          mininterval=every, miniters=0, gui=True)
 
     def __str__(self):
