@@ -7,11 +7,12 @@ __all__ = ['VavaeError', 'ConfigError', 'DataError', 'WeightsError', 'Checkpoint
            'Stopped', 'nearest_name', 'unknown_name']
 
 # %% ../../nbs/50_base.errors.ipynb #7ba92bb4
-import difflib, errno, signal
+import difflib, signal
 from typing import Iterable
 
 # %% ../../nbs/50_base.errors.ipynb #24e13f04
-class VavaeError(Exception): "Base of every error that a user can cause; commands print its message and exit with status 2"
+class VavaeError(Exception): "Base of the errors that a user can cause: a command prints it and exits with status 2"
+
 class ConfigError(VavaeError, ValueError): "A setting, recipe or run folder that does not fit"
 class DataError(VavaeError, ValueError): "Images, labels or latents that cannot be used"
 class WeightsError(VavaeError, RuntimeError): "Frozen weights that cannot be had, or are not what they should be"
@@ -29,7 +30,9 @@ class WriteError(VavaeError, OSError):
 # %% ../../nbs/50_base.errors.ipynb #3641f23a
 class Stopped(KeyboardInterrupt):
     "A signal that asked the run to end; commands exit with status 128 + `signum`"
-    def __init__(self, signum:int): super().__init__(signum); self.signum = int(signum)
+    def __init__(self, signum:int):
+        super().__init__(signum)
+        self.signum = int(signum)
     def __str__(self): return signal.Signals(self.signum).name
 
 # %% ../../nbs/50_base.errors.ipynb #8f3ea91c
@@ -39,9 +42,10 @@ def nearest_name(
 )->str|None:             # The closest known name, or `None` if none is close
     "The known name that `name` was most likely meant to be"
     known = list(known)
-    last = {k.rsplit(".", 1)[-1]: k for k in known}
-    hit = difflib.get_close_matches(name, known, 1, .5) or difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1, .6)
-    return last.get(hit[0], hit[0]) if hit else None
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=.5): return close[0]
+    by_last_part = {k.rsplit(".", 1)[-1]: k for k in known} # `depth` for `dit.depth`
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=.6)
+    return by_last_part[close[0]] if close else None
 
 def unknown_name(
     kind:str,            # What the name names, such as "setting"
@@ -50,4 +54,5 @@ def unknown_name(
 )->str:
     "The sentence for an unknown name: with the nearest known one if there is one, else with all of them"
     near = nearest_name(name, known)
-    return f"unknown {kind} '{name}'" + (f"; did you mean '{near}'?" if near else f"; known: {', '.join(sorted(known))}")
+    advice = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown {kind} '{name}'; {advice}"

@@ -7,67 +7,83 @@ __all__ = ['writing', 'sync_names', 'atomic_write', 'sweep_temporary', 'sha256_f
            'parse_json', 'read_json']
 
 # %% ../../nbs/52_base.files.ipynb #3836bca3
-import errno, functools, getpass, hashlib, json, os, re, shutil, stat, tempfile, time
-import warnings
+import errno, functools, getpass, hashlib, json, os, re, shutil, stat, tempfile, time, warnings
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 try: import fcntl
-except ImportError: fcntl = None
+except ImportError: fcntl = None # Windows: files are written as well, and their temporary ones cannot be locked
 from .errors import ConfigError, DataError, VavaeError, WriteError, unknown_name
 
 # %% ../../nbs/52_base.files.ipynb #0bbb4a66
-_system = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}
-_full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None) # Where room would help
+_refusals = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}
+_full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None} # Room would help; `None` is a write that was cut short
 
-def _is_about(name, path): # The file itself, a folder on the way to it, or something in it
-    at, path = (Path(os.path.abspath(os.fsdecode(p))) for p in (name, path))
-    return at == path or at in path.parents or path in at.parents
+def _concerns(name, path):
+    "Is `name` the path itself, a folder on the way to it, or something in it?"
+    name, path = (Path(os.path.abspath(os.fsdecode(p))) for p in (name, path))
+    return name == path or name in path.parents or path in name.parents
 
-def _said(e, files):
+def _error_number(error):
+    "The system's number of an error, which safetensors has only in its text"
+    in_text = re.search(r"\(os error (\d+)\)$", str(error))
+    return int(in_text[1]) if in_text else getattr(error, "errno", None)
+
+def _refusal(error, files):
     "Number and words of the system's refusal to write one of `files`; `None` for any other error"
-    for _ in range(5): # Those of zipfile and torch hide it in their contexts
-        if isinstance(e, OSError) and isinstance(e.filename, (str, bytes)):
-            return (e.errno, e.strerror) if any(_is_about(e.filename, f) for f in files) else None
-        if isinstance(e, VavaeError) or e is None: return None
-        number = getattr(e, "errno", None)
-        if m := re.search(r"\(os error (\d+)\)$", str(e)): number = int(m[1]) # safetensors'
-        if number in _system: return number, os.strerror(number)
-        if re.fullmatch(r"\d+ requested and \d+ written", str(e)): return None, str(e) # numpy's
-        e = e.__cause__ or e.__context__
+    for _ in range(5): # zipfile and torch hide it in the contexts of their own errors
+        if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+            concerns_us = any(_concerns(error.filename, f) for f in files)
+            return (error.errno, error.strerror) if concerns_us else None
+        if isinstance(error, VavaeError) or error is None: return None
+        number = _error_number(error)
+        if number in _refusals: return number, os.strerror(number)
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)): return None, str(error) # numpy's
+        error = error.__cause__ or error.__context__
 
-def _cache():
+def _cache_root():
     home = os.path.expanduser("~") # Unchanged where this user has none
-    return Path(os.environ.get("VAVAE_NB_CACHE") or Path(os.devnull if home == "~" else home)/".cache"/"vavae_nb")
+    default = Path(os.devnull if home == "~" else home)/".cache"/"vavae_nb"
+    return Path(os.environ.get("VAVAE_NB_CACHE") or default)
 
-def _sentence(path, number, words, kept):
-    cached, there = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(_cache())), Path(path)
-    elsewhere = "point VAVAE_NB_CACHE at another folder" if cached else "choose another folder"
+def _free_room(path):
+    "The room on a path's disk, where one can tell"
+    path = Path(path)
+    while not os.path.exists(path) and path != path.parent: path = path.parent
+    try: return f"; {shutil.disk_usage(path).free/1e6:,.1f} MB are free there"
+    except OSError: return ""
+
+def _not_written(path, number, words, outcome):
+    "The sentence about a file that could not be written"
+    in_cache = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(_cache_root()))
+    elsewhere = "point VAVAE_NB_CACHE at another folder" if in_cache else "choose another folder"
     if number not in _full: fix = f"see that its folder can be written, or {elsewhere},"
-    else:
-        fix = "make room"+(f", or {elsewhere}," if cached else "")
-        while not os.path.exists(there) and there != there.parent: there = there.parent
-        with suppress(OSError): words += f"; {shutil.disk_usage(there).free/1e6:,.1f} MB are free there"
-    return f"{path} could not be written ({words}){kept}; {fix} and call the same command again"
+    else: fix = f"make room, or {elsewhere}," if in_cache else "make room"
+    if number in _full: words += _free_room(path)
+    return f"{path} could not be written ({words}){outcome}; {fix} and call the same command again"
 
 @contextmanager
 def writing(
-    path:str|Path,                # The file or folder that the block writes
-    also:Iterable[str|Path]=(),   # Others that count as the same, such as its temporary file
-    kept:str="",                  # What became of the file, for the sentence
+    path:str|Path,              # The file or folder that the block writes
+    also:Iterable[str|Path]=(), # Others that count as the same, such as its temporary file
+    outcome:str="",             # What became of the file, for the sentence
 )->Iterator[None]:
     "Say which file, why and what to do where the system refuses to write it; errors about other files pass"
     try: yield
     except Exception as e:
-        if (said := _said(e, (path, *also))) is None: raise
-        raise WriteError(_sentence(path, *said, kept), *said, str(path)) from None
+        refusal = _refusal(e, (path, *also))
+        if refusal is None: raise
+        raise WriteError(_not_written(path, *refusal, outcome), *refusal, str(path)) from None
 
 # %% ../../nbs/52_base.files.ipynb #70d91bc5
-def _lock(fd): # Held; or `False`: somebody else holds it; or `None`: there are no locks here
-    try: return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+def _lock(fd):
+    "Take the lock of an open file: `True`; or `False`, somebody else holds it; or `None`, there are no locks here"
+    if fcntl is None: return None
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
-    except (OSError, AttributeError): return None
+    except OSError: return None # Some network disks
+    return True
 
 def sync_names(
     folder:str|Path, # In which files got their names
@@ -78,36 +94,47 @@ def sync_names(
         try: os.fsync(fd)
         finally: os.close(fd)
 
+def _locked_temporary(path):
+    "Make a file beside `path`: its descriptor, which holds its lock (`None` where there are no locks), and its name"
+    try: fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".part{path.suffix}", dir=path.parent)
+    except OSError as e:
+        e.filename = str(path) # Nobody has heard of the temporary one
+        raise
+    if _lock(fd): return fd, name
+    os.close(fd)
+    return None, name
+
 @contextmanager
 def atomic_write(
-    path:str|Path,     # Final name of the file
-    alone:bool=True,   # Sync the folder, too? For many files `sync_names` can do it once
-)->Iterator[Path]:     # Temporary name to write to, in the same folder
+    path:str|Path,   # Final name of the file
+    alone:bool=True, # Sync the folder, too? For many files `sync_names` can do it once
+)->Iterator[Path]:   # Temporary name to write to, in the same folder
     "Write a file so that `path` is either the whole new file or what it was before; a failure is a `WriteError`"
-    path, names, fd = Path(path), [], None
-    kept = ": nothing of it is left" + (", and the file before is as it was" if os.path.exists(path) else "")
+    path, fd, temporary = Path(path), None, []
+    outcome = ": nothing of it is left" + (", and the file before is as it was" if os.path.exists(path) else "")
     try:
-        with writing(path, names, kept):
+        with writing(path, temporary, outcome):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".part{path.suffix}", dir=path.parent)
-            names.append(tmp)
-            if not _lock(fd): os.close(fd); fd = None
-            yield Path(tmp)
-            os.chmod(tmp, 0o644) # Both mkstemp and safetensors make files that only their owner can read
-            with open(tmp, "rb") as f: os.fsync(f.fileno())
-            os.replace(tmp, path)
+            fd, name = _locked_temporary(path)
+            temporary.append(name)
+            yield Path(name)
+            os.chmod(name, 0o644) # Both mkstemp and safetensors make files that only their owner can read
+            with open(name, "rb+") as f: os.fsync(f.fileno())
+            os.replace(name, path)
         if alone: sync_names(path.parent)
     finally:
         with suppress(OSError): # Of a disk that fails, the first error is the one to tell
-            for tmp in names: os.unlink(tmp)
+            for name in temporary: os.unlink(name)
         if fd is not None: os.close(fd)
 
 # %% ../../nbs/52_base.files.ipynb #6e272d4e
 _temporary = re.compile(r"\..+\.[a-z0-9_]{8}\.part(\.[^.]*)?|\.tmp[A-Za-z0-9]{6}") # `atomic_write`'s, safetensors'
 
-def _left_over(path, age): # Is this the file of a writer that is dead?
+def _is_left_over(path, age):
+    "Is this the file of a writer that is dead?"
     about = path.lstat()
-    if not stat.S_ISREG(about.st_mode) or age and time.time()-about.st_mtime < age: return False
+    young = age and time.time()-about.st_mtime < age
+    if young or not stat.S_ISREG(about.st_mode): return False
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try: return _lock(fd) is not False and os.path.samestat(os.fstat(fd), about)
     finally: os.close(fd)
@@ -118,13 +145,15 @@ def sweep_temporary(
     deep:bool=False, # In the folders within, too? Links are not followed
 )->list[Path]:       # What was removed
     "Remove the temporary files of `atomic_write` and of safetensors that killed processes have left"
-    gone = []
-    for at,_,files in os.walk(folder):
-        for path in (Path(at)/f for f in files if _temporary.fullmatch(f)):
-            with suppress(OSError): # Another's file, or just gone
-                if _left_over(path, age): path.unlink(); gone.append(path)
+    removed = []
+    for parent,_,files in os.walk(folder):
+        for path in (Path(parent)/f for f in files if _temporary.fullmatch(f)):
+            with suppress(OSError): # Another user's file, or just gone
+                if _is_left_over(path, age):
+                    path.unlink()
+                    removed.append(path)
         if not deep: break
-    return sorted(gone)
+    return sorted(removed)
 
 # %% ../../nbs/52_base.files.ipynb #b2797955
 def sha256_file(
@@ -137,34 +166,40 @@ def sha256_file(
 def cache_dir(
     name:str="", # Sub-folder
 )->Path:         # An existing folder
-    "For what can be computed again: `$VAVAE_NB_CACHE`, or `~/.cache/vavae_nb`, or, where that cannot be made, a temporary one"
-    p = _cache()/name
+    "For what can be computed again: `$VAVAE_NB_CACHE`, else `~/.cache/vavae_nb`, or a temporary one where that fails"
+    folder = _cache_root()/name
     try:
-        with writing(p): p.mkdir(parents=True, exist_ok=True)
+        with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        if os.environ.get("VAVAE_NB_CACHE"): raise # What was asked for is not replaced in silence
-        p = _temporary_cache(e.strerror)/name
-        p.mkdir(parents=True, exist_ok=True)
-    return p
+        if os.environ.get("VAVAE_NB_CACHE"): raise # A folder that was asked for is not replaced in silence
+        folder = _temporary_cache(e.strerror)/name
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 @functools.cache
-def _temporary_cache(why): # The same for all processes of a user, and nobody else's
-    p = Path(tempfile.gettempdir())/f"vavae_nb-{getpass.getuser() if os.name == 'nt' else os.getuid()}"
-    p.mkdir(mode=0o700, exist_ok=True)
-    about = p.lstat()
-    theirs = os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022)
-    if theirs or not stat.S_ISDIR(about.st_mode): p = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
-    warnings.warn(f"{_cache()} cannot be written ({why}); what can be computed again is kept in {p} instead: "
+def _temporary_cache(why):
+    "The same folder for all processes of a user, and nobody else's"
+    user = getpass.getuser() if os.name == "nt" else os.getuid()
+    folder = Path(tempfile.gettempdir())/f"vavae_nb-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_mine(folder): folder = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
+    warnings.warn(f"{_cache_root()} cannot be written ({why}); what can be computed again is kept in {folder} instead: "
                   "point VAVAE_NB_CACHE at a folder to keep it longer")
-    return p
+    return folder
+
+def _is_mine(folder):
+    about = folder.lstat() # Not what a link points to
+    if not stat.S_ISDIR(about.st_mode): return False
+    return os.name == "nt" or about.st_uid == os.getuid() and not about.st_mode & 0o022
 
 # %% ../../nbs/52_base.files.ipynb #95a0ccb1
 def keep_on_disk(
-    when:str,    # `always`, `never`, or `auto`: up to 20 GB
-    size:int,    # Bytes that it would take
+    when:str, # `always`, `never`, or `auto`: up to 20 GB
+    size:int, # Bytes that it would take
 )->bool:
     "Is something worth keeping in the cache?"
-    if when not in (known := ("always", "never", "auto")): raise ConfigError(unknown_name("cache", when, known))
+    known = ("always", "never", "auto")
+    if when not in known: raise ConfigError(unknown_name("cache", when, known))
     return when == "always" or when == "auto" and size <= 20e9
 
 # %% ../../nbs/52_base.files.ipynb #5a7e3b2e
@@ -182,10 +217,13 @@ def read_text(
     except UnicodeDecodeError as e: raise error(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); {fix}") from None
     except OSError as e: raise error(f"{path} cannot be read ({e.strerror or e}); {fix}") from None
 
-def _children(o): return o.values() if isinstance(o, dict) else o if isinstance(o, list) else ()
+def _children(value):
+    if isinstance(value, dict): return value.values()
+    return value if isinstance(value, list) else ()
 
-def _deeper(tree, levels): # Without recursion
-    level = [tree]
+def _is_deeper(value, levels):
+    "Are there lists and dicts beyond so many levels? Without recursion, which has a limit of its own"
+    level = [value]
     for _ in range(levels): level = list(chain.from_iterable(map(_children, level)))
     return bool(level)
 
@@ -199,12 +237,14 @@ def parse_json(
 )->Any:
     "The value of a JSON text; what is damaged, too deep or something else than expected is refused by a sentence"
     try:
-        if _deeper(tree := json.loads(text), levels): raise RecursionError
+        value = json.loads(text)
+        if _is_deeper(value, levels): raise RecursionError
     except RecursionError: raise error(f"{what} is nested deeper than {levels} levels; {fix}") from None
     except ValueError as e: raise error(f"{what} is not JSON ({e}); {fix}") from None # Also of an integer without end
-    if isinstance(tree, kind): return tree
-    wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-    raise error(f"{what} holds a {type(tree).__name__}, not a {wanted}; {fix}")
+    if isinstance(value, kind): return value
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(k.__name__ for k in kinds)
+    raise error(f"{what} holds a {type(value).__name__}, not a {wanted}; {fix}")
 
 def read_json(
     path:str|Path,                    # A JSON file

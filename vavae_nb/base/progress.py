@@ -6,12 +6,13 @@
 __all__ = ['spoken', 'ProgressLines', 'progress']
 
 # %% ../../nbs/53_base.progress.ipynb #18a0088d
-import os, sys, time
+import os, sys
 from typing import Iterable
 from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as tqdm_plain
 
-# %% ../../nbs/53_base.progress.ipynb #0d686afa
+# %% ../../nbs/53_base.progress.ipynb #fb07db70
 def spoken(
     seconds:float, # A duration, ≥ 0
 )->str:
@@ -19,10 +20,17 @@ def spoken(
     s = round(seconds)
     units = ((s//86400, "d"), (s//3600 % 24, "h"), (s//60 % 60, "min"), (s % 60, "s"))
     first = next((i for i,(n,_) in enumerate(units) if n), 3)
-    return " ".join(f"{n} {u}" for n,u in units[first:first+2])
+    return " ".join(f"{n} {unit}" for n,unit in units[first:first+2])
 
-class ProgressLines:
-    "Progress in lines, for a log file; of tqdm's methods those that are used here"
+# %% ../../nbs/53_base.progress.ipynb #0d686afa
+def _three_digits(x):
+    if x >= 100: return f"{x:,.0f}"
+    return f"{x:.1f}" if x >= 1 else f"{x:.2g}"
+
+class ProgressLines(tqdm_plain):
+    "tqdm in lines, for a log file"
+    monitor_interval = 0 # No thread that redraws
+
     def __init__(self,
         it:Iterable|None=None, # What to go through
         desc:str="",           # What is being done
@@ -32,28 +40,27 @@ class ProgressLines:
         every:float=10.,       # Seconds between lines
         file=None,             # Default: standard error
     ):
-        self.it,self.desc,self.unit,self.n,self.initial,self.every,self.file = it,desc,unit,initial,initial,every,file or sys.stderr
-        self.total,self.note,self.closed = len(it) if total is None and hasattr(it, "__len__") else total,"",False
-        self.start = self.last = time.monotonic()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __iter__(self):
-        try:
-            for o in self.it: yield o; self.update()
-        finally: self.close()
-    def set_postfix_str(self, s="", refresh=True): self.note = s
-    def update(self, n=1):
-        self.n += n
-        if time.monotonic()-self.last >= self.every: self.refresh()
+        super().__init__(it, desc, total, unit=unit, initial=initial, file=file, disable=False,
+                         mininterval=every, miniters=0, gui=True)
+
+    def __str__(self):
+        done, seconds = self.n-self.initial, self.format_dict["elapsed"]
+        rate = done/max(seconds, 1e-9)
+        units = self.unit + ("es" if self.unit.endswith("ch") else "s")
+        count = f"{self.n}/{self.total}" if self.total else f"{self.n}"
+        knows_the_end = self.total and rate and not self.disable # Which tqdm sets when it is closed
+        time = f"{spoken((self.total-self.n)/rate)} left" if knows_the_end else f"in {spoken(seconds)}"
+        note = f", {self.postfix}" if self.postfix else ""
+        return f"{self.desc}: {count} {units}, {_three_digits(rate)} {units}/s, {time}{note}"
+
+    def display(self, *args, **kwargs): print(self, file=self.fp, flush=True)
+
+    def set_postfix_str(self, s="", refresh=False): self.postfix = s # Shown with the next line
+
     def close(self):
-        if not self.closed: self.closed = True; self.refresh()
-    def refresh(self):
-        self.last = time.monotonic()
-        seconds = self.last-self.start
-        rate, of, units = (self.n-self.initial)/max(seconds, 1e-9), f"/{self.total}" if self.total else "", self.unit+("es" if self.unit.endswith("ch") else "s")
-        left = f"{spoken((self.total-self.n)/rate)} left" if self.total and rate and not self.closed else f"in {spoken(seconds)}"
-        speed = f"{rate:{',.0f' if rate >= 100 else '.1f' if rate >= 1 else '.2g'}} {units}/s"
-        print(f"{self.desc}: {self.n}{of} {units}, {speed}, {left}"+(f", {self.note}" if self.note else ""), file=self.file, flush=True)
+        if self.disable: return
+        super().close()
+        self.display()
 
 # %% ../../nbs/53_base.progress.ipynb #941f1318
 def progress(
@@ -63,8 +70,9 @@ def progress(
     unit:str="item",       # What an item is
     initial:int=0,         # Items done before
 )->tqdm|ProgressLines:     # The bar, to iterate over or to `update`
-    "A progress bar with an estimate of the time left; lines where there is no terminal; silent in all but a machine's first process"
-    silent, notebook = int(os.environ.get("LOCAL_RANK") or 0) > 0, tqdm is not tqdm_asyncio
-    if silent or notebook or sys.stderr.isatty():
-        return tqdm(it, desc=desc, total=total, unit=unit, initial=initial, disable=silent, dynamic_ncols=not notebook, mininterval=.2, file=sys.stderr)
-    return ProgressLines(it, desc, total, unit, initial)
+    "A bar with an estimate; lines where there is no terminal; silent in all but a machine's first process"
+    silent = int(os.environ.get("LOCAL_RANK") or 0) > 0
+    notebook = tqdm is not tqdm_asyncio
+    if not (silent or notebook or sys.stderr.isatty()): return ProgressLines(it, desc, total, unit, initial)
+    return tqdm(it, desc=desc, total=total, unit=unit, initial=initial, disable=silent, dynamic_ncols=not notebook,
+                mininterval=.2, file=sys.stderr)

@@ -18,15 +18,26 @@ from .files import atomic_write, parse_json
 
 # %% ../../nbs/55_base.tensor_files.ipynb #43c9dbcc
 _mark = '{"sha256_of_contents": "' # How a description begins that has a checksum; 64 digits follow
+_begin, _end = len(_mark), len(_mark)+64
 
-def _digest(key, text, tensors):
+def _bytes_digest(tensor): return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+def _contents_digest(key, text, tensors):
     "SHA-256 over a description without its checksum, and over names, types, shapes and bytes of tensors"
-    def one(item):
-        name, v = item
-        return name, str(v.dtype), list(v.shape), hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: parts = list(pool.map(one, sorted(tensors.items())))
-    rest = text[:len(_mark)]+text[len(_mark)+64:]
-    return hashlib.sha256(json.dumps([key, rest, parts]).encode()).hexdigest()
+    names = sorted(tensors)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_bytes_digest, [tensors[name] for name in names])
+        parts = [(name, str(tensors[name].dtype), list(tensors[name].shape), digest)
+                 for name,digest in zip(names, digests)]
+    without_checksum = text[:_begin]+text[_end:]
+    return hashlib.sha256(json.dumps([key, without_checksum, parts]).encode()).hexdigest()
+
+def _is_unchanged(descriptions, tensors):
+    "Are descriptions and tensors what their checksum says, where they have one?"
+    for key,text in descriptions.items():
+        has_checksum = sum(map(operator.eq, text, _mark)) >= len(_mark)-3 # The mark may be damaged, too
+        if has_checksum and _contents_digest(key, text, tensors) != text[_begin:_end]: return False
+    return True
 
 def save_tensors(
     path:str|Path,            # Where to
@@ -36,54 +47,56 @@ def save_tensors(
 ):
     "Write tensors and their description to a safetensors file, whole or not at all"
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    text = json.dumps(({"sha256_of_contents": "0"*64} if checksum else {}) | (meta or {}))
-    if checksum: text = text.replace("0"*64, _digest("json", text, tensors), 1)
+    description = {"sha256_of_contents": "0"*64} if checksum else {}
+    text = json.dumps(description | (meta or {}))
+    if checksum: text = text.replace("0"*64, _contents_digest("json", text, tensors), 1)
     with atomic_write(path) as tmp: save_file(tensors, tmp, metadata={"json": text})
 
-def _unchanged(about, tensors):
-    "Are descriptions and tensors what their checksum says, where they have one?"
-    for key,text in about.items():
-        has_one = sum(map(operator.eq, text, _mark)) >= len(_mark)-3 # The mark may be damaged, too
-        if has_one and _digest(key, text, tensors) != text[len(_mark):len(_mark)+64]: return False
-    return True
-
 def load_tensors(
-    path:str|Path,           # A safetensors file
-    check:bool=True,         # Compare the checksum, if the file has one? That reads the file; else it is only mapped
+    path:str|Path,   # A safetensors file
+    check:bool=True, # Compare the checksum, if the file has one? That reads the file; else it is only mapped
 )->tuple[dict[str,Tensor],dict]: # Tensors on the CPU, and their description
     "Read a file written by `save_tensors` (or any safetensors file; its description is then its header's strings)"
     if not Path(path).is_file(): raise CheckpointError(f"no file at {path}")
     try:
         with safe_open(path, framework="pt") as f:
-            about = f.metadata() or {}
+            descriptions = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: # A damaged header can raise many kinds
         why = str(e) or type(e).__name__
         raise CheckpointError(f"{path} is not a whole safetensors file ({why}); write or download it again") from None
-    if check and not _unchanged(about, tensors):
+    if check and not _is_unchanged(descriptions, tensors):
         raise CheckpointError(f"{path} is not what was written: at least one of its bytes has changed since; "
                               "restore it from a copy, or delete it and call the command again that wrote it")
-    if "json" not in about: return tensors, about
-    meta = parse_json(about["json"], f"the description in {path}", "write or download it again", error=CheckpointError)
+    if "json" not in descriptions: return tensors, descriptions
+    fix = "write or download it again"
+    meta = parse_json(descriptions["json"], f"the description in {path}", fix, error=CheckpointError)
     meta.pop("sha256_of_contents", None)
     return tensors, meta
 
 # %% ../../nbs/55_base.tensor_files.ipynb #071bd701
+def _misfits(module, tensors):
+    "What of a module's tensors is missing, unexpected or misshapen, a line each"
+    expected = {k: tuple(v.shape) for k,v in module.state_dict().items()}
+    given = {k: tuple(v.shape) for k,v in tensors.items()}
+    missing = [f"  missing    {k} {shape}" for k,shape in expected.items() if k not in given]
+    unexpected = [f"  unexpected {k} {shape}" for k,shape in given.items() if k not in expected]
+    misshapen = [f"  misshapen  {k}: {given[k]} in the file, {shape} in the model"
+                 for k,shape in expected.items() if given.get(k, shape) != shape]
+    return missing+unexpected+misshapen
+
 def check_fit(
     module:nn.Module,         # Network, on the meta device too
     tensors:dict[str,Tensor], # Tensors by name
     source:str|Path,          # Where they come from, for the message
 ):
     "Refuse tensors that are not exactly a module's: list all that is missing, unexpected or misshapen"
-    own = module.state_dict()
-    wrong = [f"  missing    {k} {tuple(v.shape)}" for k,v in own.items() if k not in tensors]
-    wrong += [f"  unexpected {k} {tuple(v.shape)}" for k,v in tensors.items() if k not in own]
-    wrong += [f"  misshapen  {k}: {tuple(tensors[k].shape)} in the file, {tuple(v.shape)} in the model"
-              for k,v in own.items() if k in tensors and tensors[k].shape != v.shape]
-    if wrong:
-        shown = "\n".join(wrong[:20]) + (f"\n  … and {len(wrong)-20} more" if len(wrong) > 20 else "")
-        raise CheckpointError(f"{source} does not fit {type(module).__name__} ({len(wrong)} tensors differ):\n{shown}\n"
-                              "Build the model with the configuration that the checkpoint was made with.")
+    misfits = _misfits(module, tensors)
+    if not misfits: return
+    lines = "\n".join(misfits[:20])
+    if len(misfits) > 20: lines += f"\n  … and {len(misfits)-20} more"
+    raise CheckpointError(f"{source} does not fit {type(module).__name__} ({len(misfits)} tensors differ):\n{lines}\n"
+                          "Build the model with the configuration that the checkpoint was made with.")
 
 def load_into(
     module:nn.Module,         # Network to fill
@@ -95,6 +108,12 @@ def load_into(
     module.load_state_dict(tensors)
 
 # %% ../../nbs/55_base.tensor_files.ipynb #fea213be
+def _on_meta(cls, config, num_tensors):
+    "A network without memory; a configuration of far more blocks than tensors would take long even so"
+    blocks = max(config.get("depth", 0), config.get("num_res_blocks", 0)*len(config.get("ch_mult", ())))
+    if blocks > max(1000, num_tensors): raise ConfigError(f"{blocks} blocks, and the file has {num_tensors} tensors")
+    with torch.device("meta"): return cls(**config)
+
 def build_from(
     cls:type[nn.Module],      # `Autoencoder` or `LightningDiT`
     config:dict,              # Its arguments, as the file has them
@@ -102,14 +121,11 @@ def build_from(
     source:str|Path,          # Where they come from, for the message
 )->nn.Module:                 # On the CPU, in fp32
     "Build a network without drawing random numbers, and fill it whole; one that the tensors are not of takes no memory"
-    again = "write or download it again"
-    if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; {again}")
-    try:
-        blocks = max(config.get("depth", 0), config.get("num_res_blocks", 0)*len(config.get("ch_mult", ())))
-        if blocks > max(1000, len(tensors)): raise ConfigError(f"{blocks} blocks, and the file has {len(tensors)} tensors")
-        with torch.device("meta"): model = cls(**config)
+    fix = "write or download it again"
+    if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; {fix}")
+    try: model = _on_meta(cls, config, len(tensors))
     except Exception as e: # Values of any kind can be anywhere
-        raise CheckpointError(f"{source} has a configuration that this version does not know: {e}; {again}") from None
+        raise CheckpointError(f"{source} has a configuration that this version does not know: {e}; {fix}") from None
     check_fit(model, tensors, source)
     model.to_empty(device="cpu").load_state_dict(tensors)
     return model

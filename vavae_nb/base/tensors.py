@@ -19,7 +19,11 @@ def seed_everything(
     seed:int, # Any integer
 ):
     "Seed the global generators of Python, numpy and torch (all devices)"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+def _digest(text): return hashlib.sha256(text.encode()).digest()
 
 def generator(
     seed:int,                        # The run's seed
@@ -27,24 +31,29 @@ def generator(
     device:str|torch.device="cpu",   # Device of the tensors to draw
 )->torch.Generator:
     "A generator of its own for one purpose, independent of the order in which others are used"
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest() # Mixed well: torch's CPU generator sees only the low 32 bits
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
+    low_bits = _digest(f"{seed}/{purpose}")[:4] # torch's CPU generator sees only 32 bits, so all must be well mixed
+    return torch.Generator(device).manual_seed(int.from_bytes(low_bits, "big"))
 
 # %% ../../nbs/54_base.tensors.ipynb #c1c45f04
 def rng_state()->dict: # JSON values and tensors
     "The state of the global generators of Python, numpy and torch (all devices)"
-    v, numbers, gauss = random.getstate()
+    version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    return dict(python=[v, list(numbers), gauss], numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(python=[version, list(numbers), gauss], numpy=[name, keys.tolist(), *rest],
+                torch=torch.get_rng_state(), cuda=cuda)
 
 def set_rng_state(
     state:dict, # From `rng_state`
 ):
     "Put the global generators back; those of CUDA only where there are as many devices"
-    v, numbers, gauss = state["python"]
+    version, numbers, gauss = state["python"]
     name, keys, *rest = state["numpy"]
-    random.setstate((v, tuple(numbers), gauss)); np.random.set_state((name, np.array(keys, np.uint32), *rest)); torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    devices = len(state["cuda"])
+    if devices and devices == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/54_base.tensors.ipynb #a2554a20
 class ImageNoise:
@@ -56,11 +65,15 @@ class ImageNoise:
         device:torch.device|str="cpu", # Where the noise goes; it is drawn on the CPU
         purpose:str="",                # What it is for; each purpose has its own stream
     ):
-        key = seed % 2**64 + (int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big") << 64 if purpose else 0)
-        self.streams = [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, int(i)])) for i in indices]
-        self.shape,self.device = tuple(shape),device
+        high_bits = int.from_bytes(_digest(purpose)[:8], "big") if purpose else 0
+        key = seed % 2**64 + (high_bits << 64)
+        streams = [np.random.Philox(key=key, counter=[0, 0, 0, int(i)]) for i in indices]
+        self.generators = [np.random.Generator(stream) for stream in streams]
+        self.shape, self.device = tuple(shape), device
+
     def __call__(self)->Tensor: # (b, d, h, w) float32, new at each call
-        return torch.from_numpy(np.stack([o.standard_normal(self.shape, dtype=np.float32) for o in self.streams])).to(self.device)
+        noise = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
+        return torch.from_numpy(np.stack(noise)).to(self.device)
 
 # %% ../../nbs/54_base.tensors.ipynb #d48a6757
 def pick_device(
@@ -69,26 +82,28 @@ def pick_device(
     "The device by name; `auto` is CUDA if there is one, else the CPU"
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda, cuda:N or mps") from None
-    n = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= n:
-        raise ConfigError(f"device '{name}' asked for, but torch {torch.__version__} sees {n} CUDA devices; use --device cpu or auto")
+    except RuntimeError:
+        raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda, cuda:N or mps") from None
+    devices = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= devices:
+        raise ConfigError(f"device '{name}' asked for, but torch {torch.__version__} sees {devices} CUDA devices; "
+                          "use --device cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps' asked for, but this torch has none; use --device cpu or auto")
     return device
+
+def _cpu_has_bf16():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
+    try: flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError: return False
+    return any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16")) # oneDNN also emulates it, as slow as fp32
 
 def has_bf16(
     device:torch.device, # Where it would run
 )->bool:
     "Does the device have bf16 instructions (and not just an emulation)?"
     if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu": return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_bf16()
-    return False
-
-def _cpu_bf16(): # oneDNN also emulates bf16 on plain AVX-512, which is no faster than fp32
-    try: flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError: return False
-    return any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16"))
+    return device.type == "cpu" and _cpu_has_bf16()
 
 precisions = ("auto", "fp32", "tf32", "bf16")
 
@@ -97,7 +112,9 @@ def resolve_precision(
     precision:str="auto", # One of `precisions`
 )->str:                   # `fp32`, `tf32` or `bf16`
     "What is really computed in: `auto` is bf16 where the device has it, and TF32 is a matter of CUDA"
-    if precision not in precisions: raise ConfigError(f"precision '{precision}' is not known; use {', '.join(precisions[:-1])} or {precisions[-1]}")
+    if precision not in precisions:
+        *others, last = precisions
+        raise ConfigError(f"precision '{precision}' is not known; use {', '.join(others)} or {last}")
     if precision == "auto": return "bf16" if has_bf16(device) else "fp32"
     return "fp32" if precision == "tf32" and device.type != "cuda" else precision
 
@@ -112,11 +129,11 @@ def set_tf32(
     device:torch.device,  # Where it runs; nothing to set unless it is CUDA
     precision:str="auto", # One of `precisions`
 ):
-    "Let fp32 products and convolutions round to TF32, or not; a switch of the whole process (torch's default is yes for convolutions)"
+    "Let fp32 products and convolutions round to TF32, or not: a switch of the whole process"
     if device.type != "cuda": return
     on = resolve_precision(device, precision) != "fp32"
     torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on # torch's default, for convolutions only
 
 # %% ../../nbs/54_base.tensors.ipynb #4a5a6ff7
 def at_least_fp32(
@@ -131,9 +148,10 @@ def rel_err(
     expected:Tensor, # The same shape
 )->float:            # max |actual − expected| / max |expected|
     "Largest difference, relative to the largest expected entry"
-    a, e = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).detach().double().cpu()
+    a, e = (torch.as_tensor(t).detach().cpu().double() for t in (actual, expected))
     if a.numel() == 0: return 0.
-    return ((a-e).abs().max()/e.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    tiny = torch.finfo(torch.float64).tiny
+    return ((a-e).abs().max()/e.abs().max().clamp_min(tiny)).item()
 
 def test_tensor(
     actual:Tensor,   # What was computed
@@ -142,9 +160,9 @@ def test_tensor(
     atol:float=0.,   # Tolerance in the units of the tensors, for expected zeros
 ):
     "Assert equal shapes and values within `rtol` of the largest expected entry; NaN never passes"
-    actual, expected = torch.as_tensor(actual).detach().cpu(), torch.as_tensor(expected).detach().cpu()
-    scale = expected.double().abs().max().item() if expected.numel() else 0.
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0., atol=atol+rtol*scale)
+    a, e = (torch.as_tensor(t).detach().cpu().double() for t in (actual, expected))
+    scale = e.abs().max().item() if e.numel() else 0.
+    torch.testing.assert_close(a, e, rtol=0., atol=atol+rtol*scale)
 test_tensor.__test__ = False # Not a test for pytest to collect
 
 # %% ../../nbs/54_base.tensors.ipynb #6fbc9a08
@@ -152,12 +170,15 @@ def check_labels(
     y:Tensor,        # (b,) integers
     num_classes:int, # Classes of the model; this number itself is the null class
 )->Tensor:           # The labels, int64
-    "The labels, if all lie in 0…num_classes; else a `LabelError` that names the first (it reads the values, so on a GPU it waits for them)"
+    "The labels, if all lie in 0…num_classes; else a `LabelError` that names the first. A GPU is waited for"
     y = torch.as_tensor(y)
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise LabelError(f"labels must be a list of whole numbers, got {y.dtype} of shape {tuple(y.shape)}; use y.long()")
-    if len(bad := ((y < 0) | (y > num_classes)).nonzero().flatten()):
-        i = bad[0].item()
-        raise LabelError(f"label {y[i].item()} at index {i} is outside 0…{num_classes}: there are {num_classes} classes, and {num_classes} is the null class "
-                         f"({len(bad)} of {len(y)} labels are outside)")
+        given = f"{y.dtype} of shape {tuple(y.shape)}"
+        raise LabelError(f"labels must be a list of whole numbers, got {given}; use y.long()")
+    outside = ((y < 0) | (y > num_classes)).nonzero().flatten()
+    if len(outside):
+        i = outside[0].item()
+        raise LabelError(f"label {y[i].item()} at index {i} is outside 0…{num_classes}: "
+                         f"there are {num_classes} classes, and {num_classes} is the null class "
+                         f"({len(outside)} of {len(y)} labels are outside)")
     return y.long()
