@@ -55,10 +55,11 @@ class TokenizerLoss(nn.Module):
         *,
         step:int=0,                       # Steps done: the adversarial loss has a start
         tokenizer:Autoencoder|None=None,  # Whose last weights the gradients are taken at; only for training
-        scales:tuple|None=None,           # Of a whole batch, where this is a part of one; default: of what is given
+        fraction:float=1.,                # Of the global batch, where several processes share one
+        scales:tuple|None=None,           # Where this is one of several parts: those of the whole batch
     )->Tensor:                            # Scalar
         c, losses = self.training_config, self.losses(pred, x, features, step)
-        if scales is None: scales = self.scales(self.gradients(losses, tokenizer, step))
+        if scales is None: scales = self.scales(self.gradients(losses, tokenizer, step, fraction))
         gan_scale, vf_scale = scales
         loss = losses.nll + c.kl_weight*losses.kl + gan_scale*losses.gan + vf_scale*losses.vf
         self.terms = self.weighted(losses, gan_scale, vf_scale)
@@ -86,10 +87,11 @@ class TokenizerLoss(nn.Module):
             terms["loss/lpips"] = weight*self.lpips(self.lpips.targets(x), rec).mean()
         return sum(terms.values()), terms
 
-    def gradients(self, losses:Losses, tokenizer:Autoencoder, step:int)->dict[str,Gradients]:
-        "What the adaptive weights of this step are ratios of; linear in the losses, so that parts of a batch add up"
+    def gradients(self, losses:Losses, tokenizer:Autoencoder, step:int, fraction:float=1.)->dict[str,Gradients]:
+        "What the adaptive weights of this step are ratios of, times the fraction, so that parts of a batch add up"
         def at(weight, loss):
-            return Gradients(gradient_at(losses.nll, weight, "reference"), gradient_at(loss, weight))
+            pair = gradient_at(losses.nll, weight, "reference"), gradient_at(loss, weight)
+            return Gradients(*(fraction*g for g in pair))
         pairs = {}
         if isinstance(losses.gan, Tensor): pairs["gan"] = at(tokenizer.decoder_last, losses.gan)
         if isinstance(losses.vf, Tensor) and self.vf.adaptive and step % self.vf_every == 0:

@@ -96,8 +96,8 @@ class TokenizerLearner(StepLearner):
     "A Learner for `TokenizerLoss`"
     def of_whole_batch(self)->dict:
         about = dict(step=self.train_iter, tokenizer=get_model(self.model))
-        if len(self.parts) > 1: about["scales"] = self.loss_func.scales(self.summed_gradients(**about))
-        return about
+        if len(self.parts) == 1: return about | dict(fraction=self.parts[0][0])
+        return about | dict(scales=self.loss_func.scales(self.summed_gradients(**about)))
 
     def summed_gradients(self, step:int, tokenizer:Autoencoder)->dict[str,Gradients]:
         "Of all parts, each times its fraction, at the last weights"
@@ -105,9 +105,8 @@ class TokenizerLearner(StepLearner):
         for fraction,xb,(x, *features) in self.parts:
             f = features[0] if features else None
             with self.autocast(): losses = self.loss_func.losses(tokenizer(*xb), x, f, step)
-            for name,pair in self.loss_func.gradients(losses, tokenizer, step).items():
-                pair = [fraction*g for g in pair]
-                total[name] = Gradients(*map(torch.add, total[name], pair)) if name in total else Gradients(*pair)
+            for name,pair in self.loss_func.gradients(losses, tokenizer, step, fraction).items():
+                total[name] = Gradients(*map(torch.add, total[name], pair)) if name in total else pair
         return total
 
 # %% ../../nbs/37_training.tokenizer.ipynb #67086137
