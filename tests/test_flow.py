@@ -1,10 +1,11 @@
-"Paths, losses, solvers and guidance against the published implementation's numbers, and the corners that notebook cells leave out"
+"Paths, losses, solvers and guidance against the published numbers, and the corners that notebook cells leave out"
 import json
 from pathlib import Path
 import pytest, torch
 from vavae_nb.base.errors import ConfigError, VavaeError
 from vavae_nb.dit.model import LightningDiT
-from vavae_nb.flow.path import FlowLoss, GVPPath, VPPath, direction_loss, flow_loss, gaussian_velocity, paths, sample_times, velocity_mse
+from vavae_nb.flow.path import FlowLoss, GVPPath, VPPath, direction_loss, gaussian_velocity, paths, sample_times
+from vavae_nb.flow.path import velocity_mse
 from vavae_nb.flow.sampler import Guided, euler_maruyama, integrate, sample, time_grid
 from vavae_nb.base.tensor_files import load_into, load_tensors
 from vavae_nb.base.tensors import test_tensor
@@ -19,7 +20,7 @@ def gen(seed=0, device="cpu"): return torch.Generator(device).manual_seed(seed)
 
 @pytest.mark.parametrize("name", paths)
 def test_paths_golden(golden, name):
-    path, x0, x1, t = paths[name], golden["x0"], golden["x1"], golden["t"]
+    path, (x0, x1, t) = paths[name], (golden[k] for k in ("x0", "x1", "t"))
     xt = path.xt(x0, x1, t)
     test_tensor(xt, golden[f"{name}.xt"])
     test_tensor(path.velocity(x0, x1, t), golden[f"{name}.ut"])
@@ -36,13 +37,14 @@ def test_losses_golden(golden):
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "dopri5"])
 @pytest.mark.parametrize("shift", [0., .3])
 def test_solvers_golden(golden, solver, shift):
-    v = lambda x, t: torch.einsum("ij,bjhw->bihw", golden["ode.W"], x)*(1+t)
+    def v(x, t): return torch.einsum("ij,bjhw->bihw", golden["ode.W"], x)*(1+t)
     ts = time_grid(11, shift or 1.)                       # 0 means no shift in the published code
     test_tensor(integrate(v, golden["ode.z0"], ts, solver), golden[f"ode.{solver}.shift{shift}"])
 
 def published(c): # A published configuration in our names
     switch = {k: c.get(f"use_{k}", False) for k in ("swiglu", "rope", "rmsnorm")}
-    return dict({k: v for k, v in c.items() if not k.startswith(("use_", "wo_"))}, **switch, qk_norm=c.get("use_qknorm", False), shift=not c.get("wo_shift", False))
+    sizes = {k: v for k, v in c.items() if not k.startswith(("use_", "wo_"))}
+    return sizes | switch | dict(qk_norm=c.get("use_qknorm", False), shift=not c.get("wo_shift", False))
 
 @pytest.mark.parametrize("name", ["lightning", "qknorm_noshift", "layernorm_qknorm_rope"])
 def test_guidance_golden(name):
@@ -53,7 +55,9 @@ def test_guidance_golden(name):
     null, n_calls = c["num_classes"], []
     x, y = tensors["cfg_x"][:2], tensors["cfg_y"][:2]
     assert (tensors["cfg_y"][2:] == null).all()
-    def counted(x, t, y): n_calls.append(len(x)); return model(x, t, y)
+    def counted(x, t, y):
+        n_calls.append(len(x))
+        return model(x, t, y)
     guided = Guided(counted, y, null, 4., (.11, 1.), channels=3)
     with torch.no_grad():
         for t in (.05, .5): test_tensor(guided(x, t), tensors[f"cfg_t{t}"][:2], rtol=2e-5)
@@ -62,7 +66,7 @@ def test_guidance_golden(name):
 def test_interval_ends_are_inside():
     x, y = torch.zeros(1, 4, 2, 2), torch.zeros(1, dtype=torch.long)
     g = Guided(lambda x, t, y: x, y, 1, 2., (.11, .9))
-    t32 = torch.tensor([.11, .9]).tolist()                # Float32 times, as a grid has them: 0.11 is a little less than 0.11
+    t32 = torch.tensor([.11, .9]).tolist()                # Float32 times, as a grid has them: a little less than 0.11
     assert [g.guides(t) for t in (*t32, .1099, .9001)] == [True, True, False, False]
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -73,15 +77,19 @@ def test_prepare_dtypes(dtype):
     loss, _ = FlowLoss().loss(target.to(torch.bfloat16), target)
     assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss < 1e-3
 
-def test_halves_make_the_whole():
-    z, y, model = torch.randn(8, 4, 2, 2, generator=gen()), torch.zeros(8, dtype=torch.long), lambda x, t, y: x*t[:, None, None, None]
-    for kw in (dict(), dict(path=GVPPath(), prediction="noise", times="uniform", direction_weight=.5), dict(prediction="score", direction_weight=0.)):
-        obj = FlowLoss(**kw)
-        xt, t, target = obj.prepare(z, gen(1))
-        loss, terms = obj.loss(model(xt, t, y), target, t)
-        whole, terms2 = flow_loss(model, z, y, generator=gen(1), **kw)
-        assert loss == whole and terms == terms2 and not any(v.requires_grad for v in terms.values())
-        test_tensor(loss, terms["flow_mse"] + obj.direction_weight*terms["flow_direction"])
+KINDS = [dict(), dict(path=GVPPath(), prediction="noise", times="uniform", direction_weight=.5),
+         dict(prediction="score", direction_weight=0.)]
+@pytest.mark.parametrize("kw", KINDS, ids=str)
+def test_the_loss_is_made_of_its_terms(kw):
+    z, obj = torch.randn(8, 4, 2, 2, generator=gen()), FlowLoss(**kw)
+    xt, t, target = obj.prepare(z, gen(1))
+    for given, again in zip((xt, t, target), obj.prepare(z, gen(1))): assert torch.equal(given, again)
+    x0, drawn_t = obj.draw(z.shape, gen(1), z.device)
+    for given, again in zip((xt, t, target), obj.prepare(z, x0=x0, t=drawn_t)): assert torch.equal(given, again)
+    pred = (xt*t[:, None, None, None]).requires_grad_()
+    loss, terms = obj.loss(pred, target, t)
+    assert loss.requires_grad and not any(v.requires_grad for v in terms.values())
+    test_tensor(loss, terms["flow_mse"] + obj.direction_weight*terms["flow_direction"])
 
 def test_score_loss_is_the_noise_loss():
     z = torch.randn(64, 4, 2, 2, generator=gen())
@@ -100,7 +108,8 @@ def test_extreme_times_stay_finite():
 
 @pytest.mark.parametrize("pred", [torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 1e-20)])
 def test_direction_loss_of_nothing(pred):
-    v = torch.randn(2, 3, 2, 2, generator=gen()); v[0, :, 0, 0] = 0               # A target without direction as well
+    v = torch.randn(2, 3, 2, 2, generator=gen())
+    v[0, :, 0, 0] = 0                                                             # A target without direction as well
     pred = pred.clone().requires_grad_()
     loss = direction_loss(pred, v)
     loss.sum().backward()
@@ -110,31 +119,36 @@ def test_direction_loss_of_nothing(pred):
 def test_sample_labels_and_modes():
     net = torch.nn.Sequential(torch.nn.Dropout()).train()
     class Model(torch.nn.Module):
-        def __init__(self): super().__init__(); self.net = net
+        def __init__(self):
+            super().__init__()
+            self.net = net
         def forward(self, x, t, y):
             if (y == 2).any(): raise RuntimeError("no such class")
             return self.net(x)
     model, kw = Model(), dict(latent_shape=(2, 3, 3), n_points=3, progress=False)
     assert sample(model, torch.tensor([], dtype=torch.long), null_class=4, **kw).shape == (0, 2, 3, 3)
-    assert sample(model, [0, 4], null_class=4, seed=-1, **kw).shape == (2, 2, 3, 3)  # The null class is a label; lists will do
+    assert sample(model, [0, 4], null_class=4, seed=-1, **kw).shape == (2, 2, 3, 3)  # The null class is a label
     with pytest.raises(RuntimeError, match="no such class"): sample(model, [2], null_class=4, **kw)
     assert net.training and torch.is_grad_enabled()                                   # Also after an error
 
 def test_bf16_state_stays_float32():
     conv = torch.nn.Conv2d(2, 2, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        z = sample(lambda x, t, y: conv(x), torch.tensor([0]), (2, 3, 3), null_class=1, n_points=3, cfg_scale=2., progress=False, device="cpu")
+        z = sample(lambda x, t, y: conv(x), torch.tensor([0]), (2, 3, 3), null_class=1, n_points=3, cfg_scale=2.,
+                   progress=False, device="cpu")
     assert z.dtype == torch.float32
 
 def test_sde_takes_a_generator():
-    v, x, ts = (lambda x, t: gaussian_velocity(x, t, .5, .5)), torch.zeros(5, 2), time_grid(10, 1., (1e-3, .96))
+    def v(x, t): return gaussian_velocity(x, t, .5, .5)
+    x, ts = torch.zeros(5, 2), time_grid(10, 1., (1e-3, .96))
     a, b, c = (euler_maruyama(v, x, ts, generator=gen(s)) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 def test_errors():
     with pytest.raises(ConfigError, match="cfg channels 0"): Guided(lambda x, t, y: x, torch.tensor([0]), 1, channels=0)
     with pytest.raises(ConfigError, match="unknown prediction"): paths["linear"].interval("flow")
-    with pytest.raises(ConfigError, match="unknown solver 'sde'"): integrate(lambda x, t: x, torch.ones(1), time_grid(3), "sde")
+    with pytest.raises(ConfigError, match="unknown solver 'sde'"):
+        integrate(lambda x, t: x, torch.ones(1), time_grid(3), "sde")
     with pytest.raises(VavaeError, match="t = 0.2500"):  # Found although it is not among the last steps
         integrate(lambda x, t: x*float("nan") if t == .25 else x, torch.ones(1), time_grid(101, 1.))
 
@@ -142,7 +156,8 @@ def test_errors():
 def test_on_the_gpu():
     z = torch.randn(16, 4, 4, 4, device="cuda")
     for g in (gen(0, "cuda"), gen(0), None):
-        loss, _ = flow_loss(lambda x, t, y: x, z, None, generator=g)
+        xt, t, target = FlowLoss().prepare(z, g)
+        loss, _ = FlowLoss().loss(xt, target, t)
         assert loss.is_cuda and loss.isfinite()
     conv = torch.nn.Conv2d(4, 4, 3, padding=1).double()  # In float64, so that only the noise could differ
     model = type("M", (torch.nn.Module,), dict(forward=lambda self, x, t, y: self.conv(x.double()).to(x.dtype)))()

@@ -63,8 +63,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12, self.w3 = linear(width, 2*hidden), linear(hidden, width)
     def forward(self, x:Tensor)->Tensor:
-        gate, up = (F.linear(x, w, b) for w,b in zip(self.w12.weight.chunk(2), self.w12.bias.chunk(2)))
-        return self.w3(F.silu(gate)*up)
+        w1, w2 = self.w12.weight.chunk(2)
+        b1, b2 = self.w12.bias.chunk(2)
+        return self.w3(F.silu(F.linear(x, w1, b1))*F.linear(x, w2, b2))
 
 class Mlp(nn.Module):
     "The MLP of the original DiT: two matrices with a tanh-GELU between them"
@@ -82,7 +83,9 @@ def sincos_2d(
     side:int, # Tokens a side
 )->Tensor:    # (side², dim) in fp32
     "Fixed sin-cos position embedding, columns in the first half and rows in the second; as in MAE, He et al. 2021"
-    if dim % 4: raise ConfigError(f"sin-cos positions of width {dim}: the width must be a multiple of 4 (sine and cosine for two axes)")
+    if dim % 4:
+        raise ConfigError(f"sin-cos positions of width {dim}: "
+                          "the width must be a multiple of 4 (sine and cosine for two axes)")
     freqs = 10000.**-(torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     angle = torch.arange(side, dtype=torch.float64)[:,None]*freqs
     axis = torch.cat([angle.sin(), angle.cos()], dim=1) # (side, dim/2)
@@ -94,33 +97,35 @@ def rope_2d(
     side:int,            # Tokens a side
     theta:float=10000.,  # Ratio between the highest and (nearly) the lowest frequency
 )->tuple[Tensor,Tensor]: # Cosines and sines, each (side², head_dim) in fp32, the two entries of a pair alike
-    "Tables of the 2-D rotary embedding: the first half of a head turns with the row, the second with the column; Su et al. 2021"
-    if head_dim % 4: raise ConfigError(f"2-D RoPE with heads of width {head_dim}: the width must be a multiple of 4 (two axes, in pairs); "
-                                       "change hidden_size or num_heads, or set rope=False")
+    "Tables of 2-D RoPE: the first half of a head turns with the row, the second with the column; Su et al. 2021"
+    if head_dim % 4:
+        raise ConfigError(f"2-D RoPE with heads of width {head_dim}: the width must be a multiple of 4 "
+                          "(two axes, in pairs); change hidden_size or num_heads, or set rope=False")
     freqs = theta**-(torch.arange(0, head_dim//2, 2).float()/(head_dim//2))
     axis = (torch.arange(side).float()[:,None]*freqs).repeat_interleave(2, 1) # (side, head_dim/2)
     angle = torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)
     return angle.cos(), angle.sin()
 
 class Rope2d(nn.Module):
-    "The tables of `rope_2d` as buffers with their published names; called, it gives the phases that `apply_rope` takes"
+    "The tables of `rope_2d` as buffers with their published names; called, it gives the phases for `apply_rope`"
     def __init__(self,
         head_dim:int, # Width of a head, a multiple of 4
         side:int,     # Tokens a side
     ):
         super().__init__()
-        for name, table in zip(("freqs_cos", "freqs_sin"), rope_2d(head_dim, side)): self.register_buffer(name, table)
+        cos, sin = rope_2d(head_dim, side)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
     def forward(self)->Tensor: return torch.stack([self.freqs_cos[:,::2], self.freqs_sin[:,::2]], -1).float()
 
 def apply_rope(
     x:Tensor,     # Queries or keys, (b, n, heads, head_dim)
     phase:Tensor, # Cosine and sine of each pair's angle, (n, head_dim/2, 2)
 )->Tensor:        # Like `x`, but in fp32
-    "Turn each pair of neighbouring entries by its token's angle: one complex product, written out for compilers, which know none"
-    pairs, phase = at_least_fp32(x).unflatten(-1, (-1, 2)), phase[:,None]
-    if not torch.compiler.is_compiling(): return torch.view_as_real(torch.view_as_complex(pairs)*torch.view_as_complex(phase)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), phase.unbind(-1)
-    return torch.stack([a*cos-b*sin, a*sin+b*cos], -1).flatten(-2)
+    "Turn each pair of neighbouring entries by its token's angle: a product of complex numbers"
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
+    turn = torch.view_as_complex(phase[:,None])
+    return torch.view_as_real(pairs*turn).flatten(-2)
 
 # %% ../../nbs/30_dit.blocks.ipynb #0bfb9b5a
 def attend(
@@ -130,8 +135,8 @@ def attend(
 )->Tensor:    # (b, n, heads, head_dim), of v's type
     "Scaled dot-product attention in v's type; on a CPU always in fp32, whose backward is faster there"
     dtype = torch.float32 if v.device.type == "cpu" else v.dtype
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(*(o.to(dtype).transpose(1, 2) for o in (q, k, v)))
+    heads_first = (o.to(dtype).transpose(1, 2) for o in (q, k, v))
+    with torch.autocast("cpu", enabled=False): out = F.scaled_dot_product_attention(*heads_first)
     return out.transpose(1, 2).to(v.dtype)
 
 class Attention(nn.Module):
@@ -180,17 +185,21 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = make_norm(width, rmsnorm), make_norm(width, rmsnorm)
         self.attn = Attention(width, heads, qk_norm, RMSNorm if rmsnorm else nn.LayerNorm)
         self.mlp = SwiGLU(width, swiglu_hidden(width, mlp_ratio)) if swiglu else Mlp(width, int(mlp_ratio*width))
-        self.shift, self.adaLN_modulation = shift, nn.Sequential(nn.SiLU(), linear(width, (6 if shift else 4)*width, std=0.))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, (6 if shift else 4)*width, std=0.))
+        self.shift = shift
     def forward(self,
         x:Tensor,               # Tokens, (b, n, width)
         c:Tensor,               # Condition, (b, width)
         phase:Tensor|None=None, # Of `Rope2d`
     )->Tensor:                  # (b, n, width)
-        m = self.adaLN_modulation(c)
-        if self.shift: shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=1)
-        else: (scale1, gate1, scale2, gate2), shift1, shift2 = m.chunk(4, dim=1), None, None
-        x = x + gate1[:,None]*self.attn(modulate(self.norm1(x), shift1, scale1), phase)
-        return x + gate2[:,None]*self.mlp(modulate(self.norm2(x), shift2, scale2))
+        for_attn, for_mlp = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale, gate = self.vectors(for_attn)
+        x = x + gate[:,None]*self.attn(modulate(self.norm1(x), shift, scale), phase)
+        shift, scale, gate = self.vectors(for_mlp)
+        return x + gate[:,None]*self.mlp(modulate(self.norm2(x), shift, scale))
+    def vectors(self, modulation):
+        "Shift (or `None`), scale and gate, each (b, width)"
+        return modulation.chunk(3, dim=1) if self.shift else (None, *modulation.chunk(2, dim=1))
 
 # %% ../../nbs/30_dit.blocks.ipynb #9d5505b5
 class TimestepEmbedder(nn.Module):
@@ -200,7 +209,8 @@ class TimestepEmbedder(nn.Module):
         n_freqs:int=256, # Sines and cosines together
     ):
         super().__init__()
-        self.n_freqs, self.mlp = n_freqs, nn.Sequential(linear(n_freqs, width, .02), nn.SiLU(), linear(width, width, .02))
+        self.n_freqs = n_freqs
+        self.mlp = nn.Sequential(linear(n_freqs, width, .02), nn.SiLU(), linear(width, width, .02))
     def sinusoids(self,
         t:Tensor, # (b,)
     )->Tensor:    # (b, n_freqs) in fp32

@@ -18,16 +18,22 @@ def compile_blocks(
     backend:str="inductor",  # One of `torch.compiler.list_backends()`, or a function
 )->str:                      # Why it could not be done; empty if it could
     "Compile the block of a model, one for all, and try it; a failure is a warning, and the model is as before"
-    x = torch.zeros(batch_size, model.in_channels, model.input_size, model.input_size, device=model.pos_embed.device)
     options = dict(emulate_precision_casts=True) if backend == "inductor" else None # Round to bf16 where eager does
     for block in model.blocks: block.compile(fullgraph=True, backend=backend, options=options)
     try:
-        with autocast(x.device, precision), torch.set_grad_enabled(model.training):
-            out = model(x, x[:,0,0,0], x[:,0,0,0].long())
-        if model.training: out.float().sum().backward(); model.zero_grad()
+        _try_step(model, batch_size, precision)
         return ""
     except Exception as e: # Compilers raise anything
         for block in model.blocks: block._compiled_call_impl = None
         why = " ".join([type(e).__name__+":", *str(e).split("\n")[:2]]).strip()
         warnings.warn(f"torch.compile failed ({why}); going on without it")
         return why
+
+def _try_step(model, batch_size, precision):
+    "Forward, and backward if the model trains, on zeros"
+    x = torch.zeros(batch_size, model.in_channels, model.input_size, model.input_size, device=model.pos_embed.device)
+    with autocast(x.device, precision), torch.set_grad_enabled(model.training):
+        out = model(x, x[:,0,0,0], x[:,0,0,0].long())
+    if model.training:
+        out.float().sum().backward()
+        model.zero_grad()

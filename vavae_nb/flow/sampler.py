@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Callable, Iterator
 import numpy as np, torch
+from fastcore.meta import delegates
 from torch import Tensor, nn
 from ..base.errors import ConfigError, ShapeError, VavaeError, unknown_name
 from ..base.progress import progress as progress_bar
@@ -49,20 +50,32 @@ def rk4(v, x, t, h):
 solvers = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "dopri5": None} # dopri5 takes its own steps
 
 # %% ../../nbs/33_flow.sampler.ipynb #6a745dfd
-def _not_finite(t): return VavaeError(f"the latents stopped being finite at t = {t:.4f}; check the model's weights, then try float32 or a smaller cfg_scale")
+def _not_finite(t):
+    return VavaeError(f"the latents stopped being finite at t = {t:.4f}; "
+                      "check the model's weights, then try float32 or a smaller cfg_scale")
 
-def _steps(step, x, ts, callback=None, progress=False):
+class _FiniteCheck:
+    "Finds the first state that is not finite, and reads the device only every 25 steps"
+    def __init__(self): self.times, self.finite = [], []
+    def add(self, t, x):
+        self.times.append(t) # At which the model was asked
+        self.finite.append(x.isfinite().all()) # Stays on the device
+        if len(self.times) == 25: self.read()
+    def read(self):
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        for t,ok in zip(self.times, finite):
+            if not ok: raise _not_finite(t)
+        self.times, self.finite = [], []
+
+def _take_steps(step, x, ts, callback=None, progress=False):
     "x = step(x, t, h) along the times"
-    ts, finite = ts.tolist(), []
-    n = len(ts)-1
-    for i in progress_bar(range(n), "sampling", unit="step") if progress else range(n):
+    ts, check = ts.tolist(), _FiniteCheck()
+    steps = range(len(ts)-1)
+    for i in progress_bar(steps, "sampling", unit="step") if progress else steps:
         x = step(x, ts[i], ts[i+1]-ts[i])
-        finite.append(x.isfinite().all()) # Stays on the device
-        if len(finite) == 25 or i == n-1:
-            ok = torch.stack(finite).tolist()
-            if not all(ok): raise _not_finite(ts[i+1-len(ok)+ok.index(False)]) # The time at which the model was asked
-            finite = []
+        check.add(ts[i], x)
         if callback: callback(i+1, ts[i+1], x)
+    check.read()
     return x
 
 # %% ../../nbs/33_flow.sampler.ipynb #de2f1061
@@ -89,7 +102,7 @@ def integrate(
     "Solve dx/dt = v(x, t) along `ts`, keeping no trajectory"
     if solver not in solvers: raise ConfigError(unknown_name("solver", solver, solvers))
     if solver == "dopri5": return _dopri5(v, x, ts, callback, rtol, atol)
-    return _steps(partial(solvers[solver], v), x, ts, callback, progress)
+    return _take_steps(partial(solvers[solver], v), x, ts, callback, progress)
 
 # %% ../../nbs/33_flow.sampler.ipynb #069df4eb
 def sde_weight(
@@ -98,8 +111,8 @@ def sde_weight(
     x:Tensor,       # What the weight is for
 )->Tensor:          # Half the squared diffusion, broadcasting over `x`
     "The SBDM diffusion `alpha'/alpha sigma² - sigma sigma'`; Ma et al. 2024 (SiT), section 2.3"
-    a,s,da,ds = path.coefs(t, x)
-    return da/a*s**2 - s*ds
+    c = path.coefs(t, x)
+    return c.d_alpha/c.alpha*c.sigma**2 - c.sigma*c.d_sigma
 
 def euler_maruyama(
     v:Callable,                         # Velocity, a function of (x, t) with t a number
@@ -113,13 +126,14 @@ def euler_maruyama(
     progress:bool=False,                # Show a bar?
 )->Tensor:                              # State at the last time + `last`
     "Solve the SDE that shares the ODE's marginals: len(ts)-1 noisy steps, then one along the mean"
-    noise, end = noise or partial(torch.randn, x.shape, generator=generator, device=x.device, dtype=x.dtype), ts[-1].item()
+    if noise is None: noise = partial(torch.randn, x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    end = ts[-1].item()
     def step(x, t, h):
-        vel, w = v(x, t), sde_weight(path, t, x)
-        x = x + h*(vel + w*path.score(vel, x, t))
+        velocity, w = v(x, t), sde_weight(path, t, x)
+        x = x + h*(velocity + w*path.score(velocity, x, t))
         return x if t >= end else x + (2*w*h).sqrt()*noise()
     if last: ts = torch.cat([ts, ts[-1:]+last])
-    return _steps(step, x, ts, callback, progress)
+    return _take_steps(step, x, ts, callback, progress)
 
 # %% ../../nbs/33_flow.sampler.ipynb #9e756385
 class Guided:
@@ -133,26 +147,32 @@ class Guided:
         channels:int|None=None,                   # Guide only the first channels: 3 as published, `None` for all
         learnt_sigma:bool=False,                  # Ask for the variance too; it is the conditional one
     ):
-        lo,hi = cfg_interval
-        if lo > hi: raise ConfigError(f"cfg_interval ({lo}, {hi}) is reversed; give (lo, hi) with lo <= hi, times from noise 0 to data 1")
-        if channels is not None and channels < 1: raise ConfigError(f"cfg channels {channels} must be at least 1, or None for all")
-        self.model,self.y,self.cfg_scale,self.channels,self.learnt_sigma = model,y,cfg_scale,channels,learnt_sigma
-        self.lo,self.hi = np.float32(lo),np.float32(hi) # As the times are, so that t = lo compares equal
-        self.yy = torch.cat([y, torch.full_like(y, null_class)])
+        lo, hi = cfg_interval
+        if lo > hi:
+            raise ConfigError(f"cfg_interval ({lo}, {hi}) is reversed; "
+                              "give (lo, hi) with lo <= hi, times from noise 0 to data 1")
+        if channels is not None and channels < 1:
+            raise ConfigError(f"cfg channels {channels} must be at least 1, or None for all")
+        self.model, self.y, self.cfg_scale = model, y, cfg_scale
+        self.channels, self.learnt_sigma = channels, learnt_sigma
+        self.lo, self.hi = np.float32(lo), np.float32(hi) # As the times are, so that t = lo compares equal
+        self.y_and_null = torch.cat([y, torch.full_like(y, null_class)])
     def guides(self, t:float)->bool: return self.cfg_scale != 1 and bool(self.lo <= np.float32(t) <= self.hi)
-    def _call(self, x, t, y):
-        (b,d,*hw), s = x.shape, self.learnt_sigma
-        out = self.model(x, torch.full((b,), t, device=x.device, dtype=x.dtype), y, **dict(return_sigma=True) if s else {})
-        if out.shape != (b, d*(1+s), *hw):
-            raise ShapeError(f"the model returned {tuple(out.shape)} for latents {tuple(x.shape)}; it must "
-                             + ("return twice the channels (learn_sigma=True)" if s else "keep the shape of x"))
-        return out.to(x.dtype) # From bf16 under autocast
     def __call__(self, x:Tensor, t:float)->Tensor:
-        if not self.guides(t): return self._call(x, float(t), self.y)
-        v_c,v_u = self._call(torch.cat([x, x]), float(t), self.yy).chunk(2)
-        c = min(self.channels or x.shape[1], x.shape[1])
-        v = v_u[:,:c] + self.cfg_scale*(v_c-v_u)[:,:c]
-        return torch.cat([v, v_c[:,c:]], 1) if c < v_c.shape[1] else v
+        if not self.guides(t): return self.ask(x, float(t), self.y)
+        v_c, v_u = self.ask(torch.cat([x, x]), float(t), self.y_and_null).chunk(2)
+        n = min(self.channels or x.shape[1], x.shape[1])
+        v = v_u[:,:n] + self.cfg_scale*(v_c-v_u)[:,:n]
+        return torch.cat([v, v_c[:,n:]], 1) if n < v_c.shape[1] else v
+    def ask(self, x, t, y):
+        "The model's answer, if it has the right shape"
+        b, d, *size = x.shape
+        times = torch.full((b,), t, device=x.device, dtype=x.dtype)
+        out = self.model(x, times, y, return_sigma=True) if self.learnt_sigma else self.model(x, times, y)
+        if out.shape != (b, 2*d if self.learnt_sigma else d, *size):
+            right = "return twice the channels (learn_sigma=True)" if self.learnt_sigma else "keep the shape of x"
+            raise ShapeError(f"the model returned {tuple(out.shape)} for latents {tuple(x.shape)}; it must {right}")
+        return out.to(x.dtype) # From bf16 under autocast
 
 # %% ../../nbs/33_flow.sampler.ipynb #7183d450
 @contextmanager
@@ -169,31 +189,40 @@ def evaluating(
 
 # %% ../../nbs/33_flow.sampler.ipynb #c3f06a51
 def in_batches(
-    solve:Callable,                    # Function of (labels, noise, callback): `noise()` draws anew at each call, `callback` follows each step
+    solve:Callable,                    # Function of (labels, noise, callback): `noise()` draws anew at each call
     model:Callable,                    # Module or function that `solve` asks
     y:Tensor,                          # Labels, (n,)
     latent_shape:tuple[int,int,int],   # (d, h, w)
     *, null_class:int,                 # The largest label allowed
-    n_calls:int,                       # Steps of a batch, for the bar
+    n_calls:int,                       # Steps of a batch, after each of which `solve` calls the callback; for the bar
     batch_size:int=64,                 # Images at a time
     seed:int=0,                        # With the index it gives an image's noise
-    first_index:int=0,                 # Index of the first image
+    first_index:int=0,                 # Index of the first image, when these are a part of a larger set
     device:torch.device|None=None,     # Default: the model's
     progress:bool=True,                # Show a bar, in steps
 )->Tensor:                             # (n, d, h, w), on the device
     "Solve for all labels, a batch at a time, each image with the noise of its index"
-    y, out = check_labels(y, null_class), []
-    if device is None: device = next((p.device for p in model.parameters()), y.device) if isinstance(model, nn.Module) else y.device
+    y, latents = check_labels(y, null_class), []
+    if device is None: device = _device(model, y)
     starts = range(0, len(y), batch_size)
-    shown = progress_bar(desc=f"sampling {len(y)}", total=n_calls*len(starts), unit="step") if progress else nullcontext()
-    with evaluating(model), shown as bar:
-        tick = (lambda *_: bar.update()) if progress else None
-        for i in starts:
-            yb = y[i:i+batch_size].to(device)
-            out.append(solve(yb, ImageNoise(seed, range(first_index+i, first_index+i+len(yb)), latent_shape, device), tick))
-    return torch.cat(out) if out else torch.empty(0, *latent_shape, device=device)
+    bar = nullcontext()
+    if progress: bar = progress_bar(desc=f"sampling {len(y)}", total=n_calls*len(starts), unit="step")
+    with evaluating(model), bar:
+        def tick(*_): bar.update()
+        for start in starts:
+            yb = y[start:start+batch_size].to(device)
+            indices = range(first_index+start, first_index+start+len(yb))
+            noise = ImageNoise(seed, indices, latent_shape, device)
+            latents.append(solve(yb, noise, tick if progress else None))
+    return torch.cat(latents) if latents else torch.empty(0, *latent_shape, device=device)
+
+def _device(model, y):
+    "The device of a model's parameters; that of the labels where there are none"
+    if not isinstance(model, nn.Module): return y.device
+    return next((p.device for p in model.parameters()), y.device)
 
 # %% ../../nbs/33_flow.sampler.ipynb #cff00efb
+@delegates(in_batches)
 def sample(
     model:Callable,                          # Function of (x, t, y) that keeps the shape of x; best the EMA weights
     y:Tensor,                                # Labels, (n,)
@@ -205,25 +234,22 @@ def sample(
     cfg_scale:float=1.,                      # 1 is no guidance
     cfg_interval:tuple[float,float]=(0.,1.), # Guide while lo <= t <= hi
     channels:int|None=None,                  # Guide only the first channels: 3 as published, `None` for all
-    batch_size:int=64,                       # Images at a time
-    seed:int=0,                              # With the index it gives an image's noise
-    first_index:int=0,                       # Index of the first image, when these are a part of a larger set
-    device:torch.device|None=None,           # Default: the model's
     path:FlowPath=LinearPath(),
     prediction:str="velocity",               # What the model predicts
-    progress:bool=True,                      # Show a bar, in steps
+    **kwargs,                                # Batch size, seed, device and so on, as for `in_batches`
 )->Tensor:                                   # Normalised latents, (n, d, h, w) float32, on the device
     "Sample normalised latents for the labels; the same for every batch size"
     known = (*solvers, "sde")
     if solver not in known: raise ConfigError(unknown_name("solver", solver, known))
-    sde, (lo,hi) = solver == "sde", path.interval(prediction, sampling=True)
-    ts = time_grid(n_points, shift, (max(lo, 1e-3), .96) if sde else (lo, hi))
+    lo, hi = path.interval(prediction, sampling=True)
+    if solver == "sde": lo, hi = max(lo, 1e-3), .96
+    ts = time_grid(n_points, shift, (lo, hi))
     guided = partial(Guided, null_class=null_class, cfg_scale=cfg_scale, cfg_interval=cfg_interval, channels=channels)
     guided(model, check_labels(y, null_class)) # Its checks, before any work
     def solve(y, noise, callback):
-        f = guided(model, y)
-        v = lambda x,t: path.to_velocity(f(x, t), x, t, prediction)
-        if sde: return euler_maruyama(v, noise(), ts, path=path, noise=noise, callback=callback)
+        prediction_at = guided(model, y)
+        def v(x, t): return path.to_velocity(prediction_at(x, t), x, t, prediction)
+        if solver == "sde": return euler_maruyama(v, noise(), ts, path=path, noise=noise, callback=callback)
         return integrate(v, noise(), ts, solver, callback=callback)
-    return in_batches(solve, model, y, latent_shape, null_class=null_class, n_calls=n_points if sde else 1 if solver == "dopri5" else n_points-1,
-                      batch_size=batch_size, seed=seed, first_index=first_index, device=device, progress=progress)
+    n_calls = {"sde": n_points, "dopri5": 1}.get(solver, n_points-1)
+    return in_batches(solve, model, y, latent_shape, null_class=null_class, n_calls=n_calls, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base.errors import CheckpointError, ConfigError
 from ..base.files import sha256_file
 from ..dit.blocks import swiglu_hidden
+from ..dit.files import check_average
 from ..dit.model import LightningDiT, dit_sizes
 from ..tokenizer.statistics import load_latent_stats
 from ..base.tensor_files import build_from
@@ -26,31 +27,41 @@ def state_of(
     key:str|None=None, # Where the state dict lies; `None` for the contents themselves
 )->dict[str,Tensor]:   # Tensors, without the prefixes of `DistributedDataParallel` and `torch.compile`
     "The state dict in a checkpoint"
-    state = contents if key is None or not isinstance(contents, dict) else contents.get(key)
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k,v in state.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        has = ", ".join(map(str, list(contents)[:8])) if isinstance(contents, dict) else type(contents).__name__
-        raise CheckpointError(f"{source} holds no named tensors{f' under {key!r}' if key else ''}; it has: {has or 'nothing'}")
-    return tensors
+    is_dict = isinstance(contents, dict)
+    tensors = _named_tensors(contents.get(key) if is_dict and key is not None else contents)
+    if tensors: return tensors
+    if is_dict: has = ", ".join(map(str, list(contents)[:8])) or "nothing"
+    else: has = type(contents).__name__
+    where = f" under {key!r}" if key else ""
+    raise CheckpointError(f"{source} holds no named tensors{where}; it has: {has}")
+
+def _named_tensors(state):
+    if not isinstance(state, dict): return {}
+    tensors = {name: v for name,v in state.items() if isinstance(name, str) and isinstance(v, Tensor)}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name,v in tensors.items()}
 
 def parts(
     tensors:dict[str,Tensor],    # A state dict
 )->dict[str,tuple[int,int]]:     # First word of the names → tensors, bytes
     "What a state dict holds, by the first word of its names"
     out = {}
-    for k,v in tensors.items():
-        n, size = out.get(p := k.split(".")[0], (0, 0))
-        out[p] = n+1, size+v.numel()*v.element_size()
+    for name,v in tensors.items():
+        part = name.split(".")[0]
+        n, size = out.get(part, (0, 0))
+        out[part] = n+1, size+v.numel()*v.element_size()
     return out
 
 # %% ../../nbs/71_interop.authors.ipynb #cad6a6cd
-def _sizes(tensors, name, what):
-    if name not in tensors:
-        raise CheckpointError(f"not the weights of {what}: there is no '{name}' among {len(tensors)} tensors"
-                              + (f", whose names begin with {', '.join(list(parts(tensors))[:8])}" if tensors else ""))
-    return tensors[name].shape
+def _shape(tensors, name, network):
+    "Shape of a tensor that every such network has"
+    if name in tensors: return tensors[name].shape
+    begins = f", whose names begin with {', '.join(list(parts(tensors))[:8])}" if tensors else ""
+    raise CheckpointError(f"not the weights of {network}: there is no '{name}' among {len(tensors)} tensors{begins}")
 
-def _count(tensors, pattern): return 1 + max((int(m[1]) for k in tensors if (m := re.match(pattern, k))), default=-1)
+def _count(tensors, pattern):
+    "One more than the largest number that a pattern finds in the names"
+    matches = (re.match(pattern, name) for name in tensors)
+    return 1 + max((int(m[1]) for m in matches if m), default=-1)
 
 def vavae_config(
     tensors:dict[str,Tensor], # State dict of an autoencoder; only names and shapes are looked at
@@ -58,22 +69,25 @@ def vavae_config(
     norm_groups:int=32,       # Groups of its normalisations, which no shape tells
 )->dict:                      # Arguments of `Autoencoder`
     "An autoencoder's configuration, read off its tensors"
-    size = lambda name: _sizes(tensors, name, "an autoencoder")
-    ch, in_channels = size("encoder.conv_in.weight")[:2]
-    widths = [size(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(_count(tensors, r"encoder\.down\.(\d+)\."))]
-    return dict(latent_dim=size("post_quant_conv.weight")[0], ch=ch, ch_mult=tuple(w//ch for w in widths),
+    def shape(name): return _shape(tensors, name, "an autoencoder")
+    ch, in_channels = shape("encoder.conv_in.weight")[:2]
+    levels = range(_count(tensors, r"encoder\.down\.(\d+)\."))
+    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels]
+    attentive = [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors]
+    return dict(latent_dim=shape("post_quant_conv.weight")[0], ch=ch, ch_mult=tuple(w//ch for w in widths),
                 num_res_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-                attn_resolutions=tuple(resolution >> i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.q.weight" in tensors),
+                attn_resolutions=tuple(resolution >> i for i in attentive),
                 resolution=resolution, in_channels=in_channels, norm_groups=norm_groups)
 
 # %% ../../nbs/71_interop.authors.ipynb #624e35f6
-def _read_off(path, config, *args): # A configuration, of tensors of any names and shapes
-    try: return config(*args)
+def _read_off(path, read_config, *args):
+    "A configuration, of tensors of any names and shapes"
+    try: return read_config(*args)
     except (CheckpointError, ConfigError) as e: raise type(e)(f"{path}: {e}") from None
     except Exception as e:
         raise CheckpointError(f"{path}: its tensors have names or shapes that no such network has ({e})") from None
 
-_vavae = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+_vavae_parts = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
 def load_vavae(
     path:str|Path,                   # The authors' `.pt` or `.ckpt`: a Lightning checkpoint, or a bare state dict
@@ -83,10 +97,13 @@ def load_vavae(
 )->Autoencoder:                      # On the CPU; its attribute `found` says what the file held
     "Read a published VA-VAE; refuses a file with an autoencoder's tensor missing or misshapen"
     contents, foreign = load_torch(path)
-    state = state_of(contents, path, "state_dict" if isinstance(contents, dict) and "state_dict" in contents else None)
-    own = {k: v for k,v in state.items() if k.split(".")[0] in _vavae}
-    tok = build_from(Autoencoder, _read_off(path, vavae_config, own, resolution, norm_groups), own, path)
-    tok.found = dict(loaded=len(own), unneeded={k: n for k,(n,_) in parts(state).items() if k not in _vavae}, foreign=foreign)
+    key = "state_dict" if isinstance(contents, dict) and "state_dict" in contents else None
+    state = state_of(contents, path, key)
+    weights = {name: v for name,v in state.items() if name.split(".")[0] in _vavae_parts}
+    config = _read_off(path, vavae_config, weights, resolution, norm_groups)
+    tok = build_from(Autoencoder, config, weights, path)
+    unneeded = {part: n for part,(n,_) in parts(state).items() if part not in _vavae_parts}
+    tok.found = dict(loaded=len(weights), unneeded=unneeded, foreign=foreign)
     return with_stats(tok, latent_stats)
 
 def with_stats(
@@ -94,7 +111,9 @@ def with_stats(
     latent_stats:str|Path|None, # A `latents_stats.pt`, or `None` to change nothing
 )->Autoencoder:
     "Give a tokenizer the statistics in a file"
-    if latent_stats: tok.set_latent_stats(*load_latent_stats(latent_stats), dict(file=Path(latent_stats).name, sha256=sha256_file(latent_stats)))
+    if latent_stats:
+        origin = dict(file=Path(latent_stats).name, sha256=sha256_file(latent_stats))
+        tok.set_latent_stats(*load_latent_stats(latent_stats), origin)
     return tok
 
 def save_vavae(
@@ -102,9 +121,9 @@ def save_vavae(
     path:str|Path,   # A `.pt` file
 ):
     "Write a tokenizer so that the published code can read it"
-    save_torch(path, {"state_dict": _cpu(tok.state_dict())})
+    save_torch(path, {"state_dict": _on_cpu(tok.state_dict())})
 
-def _cpu(state): return {k: v.detach().cpu().contiguous() for k,v in state.items()}
+def _on_cpu(state): return {k: v.detach().cpu().contiguous() for k,v in state.items()}
 
 # %% ../../nbs/71_interop.authors.ipynb #2ee8ae59
 def lightningdit_config(
@@ -112,19 +131,32 @@ def lightningdit_config(
     num_heads:int|None=None,  # Needed where neither RoPE, QK-norm nor a named size tells
 )->dict:                      # Arguments of `LightningDiT`
     "A transformer's configuration, read off its tensors"
-    size, first = lambda name: _sizes(tensors, name, "a LightningDiT"), "blocks.0."
-    width, d, p = size("x_embedder.proj.weight")[:3]
-    depth, swiglu = _count(tensors, r"blocks\.(\d+)\."), first+"mlp.w12.weight" in tensors
-    hidden = size(first+"mlp.w12.weight")[0]//2 if swiglu else size(first+"mlp.fc1.weight")[0]
-    head = (tensors.get(k) for k in ("feat_rope.freqs_cos", first+"attn.q_norm.weight"))
-    known = {(depth, width): heads for depth,width,heads in dit_sizes.values()}
-    heads = num_heads or next((width//v.shape[-1] for v in head if v is not None), known.get((depth, width)))
-    if heads is None: raise ConfigError(f"no tensor of this model (depth {depth}, width {width}) tells its number of heads; give num_heads")
-    return dict(input_size=round(size("pos_embed")[1]**.5)*p, patch_size=p, in_channels=d, hidden_size=width, depth=depth, num_heads=heads,
-                mlp_ratio=4. if hidden == (swiglu_hidden(width) if swiglu else 4*width) else ((1.5 if swiglu else 1)*hidden+.75)/width, # Truncated to `hidden`
-                num_classes=size("y_embedder.embedding_table.weight")[0]-1,
-                learn_sigma=size("final_layer.linear.weight")[0] == 2*p*p*d, qk_norm=first+"attn.q_norm.weight" in tensors, swiglu=swiglu,
-                rope="feat_rope.freqs_cos" in tensors, rmsnorm=first+"norm1.weight" in tensors, shift=size(first+"adaLN_modulation.1.weight")[0] == 6*width)
+    def shape(name): return _shape(tensors, name, "a LightningDiT")
+    width, d, p = shape("x_embedder.proj.weight")[:3]
+    depth, swiglu = _count(tensors, r"blocks\.(\d+)\."), "blocks.0.mlp.w12.weight" in tensors
+    hidden = shape("blocks.0.mlp.w12.weight")[0]//2 if swiglu else shape("blocks.0.mlp.fc1.weight")[0]
+    return dict(input_size=round(shape("pos_embed")[1]**.5)*p, patch_size=p, in_channels=d, hidden_size=width,
+                depth=depth, num_heads=num_heads or _heads(tensors, depth, width),
+                mlp_ratio=_mlp_ratio(hidden, width, swiglu),
+                num_classes=shape("y_embedder.embedding_table.weight")[0]-1,
+                learn_sigma=shape("final_layer.linear.weight")[0] == 2*p*p*d,
+                qk_norm="blocks.0.attn.q_norm.weight" in tensors, swiglu=swiglu,
+                rope="feat_rope.freqs_cos" in tensors, rmsnorm="blocks.0.norm1.weight" in tensors,
+                shift=shape("blocks.0.adaLN_modulation.1.weight")[0] == 6*width)
+
+def _heads(tensors, depth, width):
+    "Number of heads, by the width of one or by the named sizes"
+    for as_wide_as_a_head in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"):
+        if as_wide_as_a_head in tensors: return width//tensors[as_wide_as_a_head].shape[-1]
+    named = {(depth, width): heads for depth,width,heads in dit_sizes.values()}
+    if (depth, width) in named: return named[depth,width]
+    raise ConfigError(f"no tensor of this model (depth {depth}, width {width}) tells its number of heads; "
+                      "give num_heads")
+
+def _mlp_ratio(hidden, width, swiglu):
+    "The published ratio where it gives this hidden width, or else one that is truncated to it"
+    if hidden == (swiglu_hidden(width) if swiglu else 4*width): return 4.
+    return ((1.5 if swiglu else 1)*hidden+.75)/width
 
 # %% ../../nbs/71_interop.authors.ipynb #184097a8
 def load_lightningdit(
@@ -134,21 +166,28 @@ def load_lightningdit(
 )->LightningDiT:            # On the CPU, in eval mode; its attribute `found` says what the file held
     "Read a published LightningDiT or DiT; refuses a file with a tensor missing, misshapen or unexpected"
     contents, foreign = load_torch(path)
-    has = [k for k in ("ema", "model") if isinstance(contents, dict) and isinstance(contents.get(k), dict)]
-    if has and (which or has[0]) not in has: raise CheckpointError(f"{path} has no '{which}' weights; it has: {', '.join(map(str, contents))}")
-    key = (which or has[0]) if has else None
+    present = [k for k in ("ema", "model") if isinstance(contents, dict) and isinstance(contents.get(k), dict)]
+    key, unneeded = None, [] # Of a bare state dict
+    if present:
+        key = which or present[0]
+        unneeded = [k for k in contents if k != key]
+    if present and key not in present:
+        raise CheckpointError(f"{path} has no '{key}' weights; it has: {', '.join(map(str, contents))}")
     state = state_of(contents, path, key)
-    model = build_from(LightningDiT, _read_off(path, lightningdit_config, state, num_heads), state, path).eval()
-    model.found = dict(loaded=len(state), which=key, unneeded=[k for k in contents if k != key] if has else [], foreign=foreign)
+    config = _read_off(path, lightningdit_config, state, num_heads)
+    model = build_from(LightningDiT, config, state, path).eval()
+    model.found = dict(loaded=len(state), which=key, unneeded=unneeded, foreign=foreign)
     return model
 
 def save_lightningdit(
     model:LightningDiT,             # Weights as they are trained
     path:str|Path,                  # A `.pt` file
-    ema:dict[str,Tensor]|None=None, # The averaged weights; without them `ema` holds the model's, since the published sampler reads no others
+    ema:dict[str,Tensor]|None=None, # The averaged weights; if not given the model's, since their sampler reads `ema`
     opt:dict|None=None,             # State of the optimizer
 ):
     "Write a transformer so that the published code can read it"
-    own = _cpu(model.state_dict())
-    if ema is not None and ema.keys() != own.keys(): raise CheckpointError(f"the averaged weights hold other tensors than the model: {sorted(ema.keys() ^ own.keys())[:5]}")
-    save_torch(path, {"model": own, "ema": own if ema is None else _cpu(ema), "opt": opt or {}})
+    weights = average = _on_cpu(model.state_dict())
+    if ema is not None:
+        check_average(weights, ema)
+        average = _on_cpu(ema)
+    save_torch(path, {"model": weights, "ema": average, "opt": opt or {}})

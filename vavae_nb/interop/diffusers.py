@@ -14,11 +14,12 @@ from ..base.files import read_json
 from ..base.tensor_files import build_from, load_into, load_tensors
 from ..base.foreign_files import load_torch
 from ..tokenizer.autoencoder import Autoencoder
-from .authors import _cpu, state_of
+from .authors import _on_cpu, state_of
 
 # %% ../../nbs/72_interop.diffusers.ipynb #cdc67039
-_kl_words = dict(down="down_blocks", up="up_blocks", mid="mid_block", block="resnets", attn="attentions", block_1="resnets.0", block_2="resnets.1",
-                 attn_1="attentions.0", downsample="downsamplers.0", upsample="upsamplers.0", nin_shortcut="conv_shortcut", norm_out="conv_norm_out")
+_kl_words = dict(down="down_blocks", up="up_blocks", mid="mid_block", block="resnets", attn="attentions",
+                 block_1="resnets.0", block_2="resnets.1", attn_1="attentions.0", downsample="downsamplers.0",
+                 upsample="upsamplers.0", nin_shortcut="conv_shortcut", norm_out="conv_norm_out")
 _kl_attention = dict(norm="group_norm", q="to_q", k="to_k", v="to_v", proj_out="to_out.0")
 _kl_old = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
 
@@ -29,91 +30,145 @@ def diffusers_name(
     "The name of the same tensor in diffusers' `AutoencoderKL`"
     words = name.split(".")
     if words[1] == "up": words[2] = str(levels-1-int(words[2]))
-    rename = _kl_words | (_kl_attention if any(w.startswith("attn") for w in words) else {})
+    in_attention = any(w.startswith("attn") for w in words)
+    rename = _kl_words | (_kl_attention if in_attention else {})
     return ".".join(rename.get(w, w) for w in words)
 
 # %% ../../nbs/72_interop.diffusers.ipynb #152bf02d
-_down, _up = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D") # Without and with attention
-_kl_default = dict(in_channels=3, out_channels=3, down_block_types=_down[:1], up_block_types=_up[:1], block_out_channels=(64,), layers_per_block=1, act_fn="silu",
-                   latent_channels=4, norm_num_groups=32, sample_size=32, scaling_factor=.18215, mid_block_add_attention=True)
+_down, _attn_down = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+_up, _attn_up = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
+_kl_default = dict(in_channels=3, out_channels=3, down_block_types=(_down,), up_block_types=(_up,),
+                   block_out_channels=(64,), layers_per_block=1, act_fn="silu", latent_channels=4, norm_num_groups=32,
+                   sample_size=32, scaling_factor=.18215, mid_block_add_attention=True)
+
+def _complete(config):
+    "A configuration with what is not said in it as diffusers has it"
+    return _kl_default | {k: v for k,v in config.items() if v is not None}
+
+def _obstacles(c):
+    "What an `Autoencoder` cannot express of a complete configuration"
+    down, up, widths = c["down_block_types"], c["up_block_types"], c["block_out_channels"]
+    kind, out = c.get("_class_name", "AutoencoderKL"), []
+    if kind != "AutoencoderKL": out.append(f"class {kind}")
+    out += [f"block type {b}" for b in sorted({*down}-{_down, _attn_down} | {*up}-{_up, _attn_up})]
+    if not out and [b == _attn_up for b in up] != [b == _attn_down for b in reversed(down)]:
+        out.append(f"attention at other levels in the encoder ({', '.join(down)}) "
+                   f"than in the decoder ({', '.join(up)})")
+    if not c["mid_block_add_attention"]: out.append("no attention in the middle")
+    if c["act_fn"] not in ("silu", "swish"): out.append(f"activation {c['act_fn']}")
+    if c["out_channels"] != c["in_channels"]: out.append(f"{c['in_channels']} channels in and {c['out_channels']} out")
+    if any(w % widths[0] for w in widths): out.append(f"widths {tuple(widths)}, not all multiples of the first")
+    return out
 
 def config_from_diffusers(
     config:dict, # Of an `AutoencoderKL`, as in its config.json; what is not said is as diffusers has it
 )->dict:         # Arguments of `Autoencoder`
     "The configuration of the same network here, or all the reasons why there is none"
-    c = _kl_default | {k: v for k,v in config.items() if v is not None}
-    widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
+    c = _complete(config)
+    if obstacles := _obstacles(c):
+        raise ConfigError(f"this AutoencoderKL has no counterpart here: {'; '.join(obstacles)}")
+    widths = c["block_out_channels"]
     size = c["sample_size"] if isinstance(c["sample_size"], int) else c["sample_size"][0]
-    attn = [b == _down[1] for b in down]
-    why = [f"class {kind}" for kind in [c.get("_class_name", "AutoencoderKL")] if kind != "AutoencoderKL"]
-    why += [f"block type {b}" for b in sorted({*down}-{*_down} | {*up}-{*_up})]
-    if not why and [b == _up[1] for b in up] != attn[::-1]: why.append(f"attention at other levels in the encoder ({', '.join(down)}) than in the decoder ({', '.join(up)})")
-    if not c["mid_block_add_attention"]: why.append("no attention in the middle")
-    if c["act_fn"] not in ("silu", "swish"): why.append(f"activation {c['act_fn']}")
-    if c["out_channels"] != c["in_channels"]: why.append(f"{c['in_channels']} channels in and {c['out_channels']} out")
-    if any(w % widths[0] for w in widths): why.append(f"widths {tuple(widths)}, not all multiples of the first")
-    if why: raise ConfigError(f"this AutoencoderKL has no counterpart here: {'; '.join(why)}")
-    return dict(latent_dim=c["latent_channels"], ch=widths[0], ch_mult=tuple(w//widths[0] for w in widths), num_res_blocks=c["layers_per_block"],
-                attn_resolutions=tuple(size >> i for i,a in enumerate(attn) if a), resolution=size, in_channels=c["in_channels"], norm_groups=c["norm_num_groups"])
+    attentive = [i for i,b in enumerate(c["down_block_types"]) if b == _attn_down]
+    return dict(latent_dim=c["latent_channels"], ch=widths[0], ch_mult=tuple(w//widths[0] for w in widths),
+                num_res_blocks=c["layers_per_block"], attn_resolutions=tuple(size >> i for i in attentive),
+                resolution=size, in_channels=c["in_channels"], norm_groups=c["norm_num_groups"])
 
+# %% ../../nbs/72_interop.diffusers.ipynb #152bf02e
 def config_to_diffusers(
     tok:Autoencoder, # Its configuration and its statistics are looked at
 )->dict:             # Arguments of `AutoencoderKL`
     "The configuration of the same network in diffusers, with the statistics of the latents"
     c = tok.config
-    attn, stats = [c["resolution"] >> i in c["attn_resolutions"] for i in range(len(c["ch_mult"]))], dict(scaling_factor=1.)
-    if tok.latent_mean is not None:
-        mean, std = (v.flatten().tolist() for v in (tok.latent_mean, tok.latent_std))
-        one = len(set(mean)) == len(set(std)) == 1
-        stats = dict(scaling_factor=float(f"{1/std[0]:.7g}"), shift_factor=mean[0] or None) if one else dict(scaling_factor=1., latents_mean=mean, latents_std=std)
-    return dict(in_channels=c["in_channels"], out_channels=c["in_channels"], down_block_types=[_down[a] for a in attn], up_block_types=[_up[a] for a in attn[::-1]],
-                block_out_channels=[c["ch"]*m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"], act_fn="silu", latent_channels=c["latent_dim"],
-                norm_num_groups=c["norm_groups"], sample_size=c["resolution"], **stats)
+    attentive = [c["resolution"] >> i in c["attn_resolutions"] for i in range(len(c["ch_mult"]))]
+    return dict(in_channels=c["in_channels"], out_channels=c["in_channels"],
+                down_block_types=[_attn_down if attn else _down for attn in attentive],
+                up_block_types=[_attn_up if attn else _up for attn in reversed(attentive)],
+                block_out_channels=[c["ch"]*m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
+                act_fn="silu", latent_channels=c["latent_dim"], norm_num_groups=c["norm_groups"],
+                sample_size=c["resolution"], **_scaling(tok))
+
+def _scaling(tok):
+    "A tokenizer's statistics as diffusers has them: one number if all channels agree"
+    if tok.latent_mean is None: return dict(scaling_factor=1.)
+    mean, std = (v.flatten().tolist() for v in (tok.latent_mean, tok.latent_std))
+    if len(set(mean)) == len(set(std)) == 1:
+        return dict(scaling_factor=float(f"{1/std[0]:.7g}"), shift_factor=mean[0] or None)
+    return dict(scaling_factor=1., latents_mean=mean, latents_std=std)
 
 # %% ../../nbs/72_interop.diffusers.ipynb #e74d21ca
-def _kl_folder(path):
-    folder = next((f for f in (path, path/"vae") if (f/"config.json").is_file()), None)
-    if folder is None: raise CheckpointError(f"{path} is no folder of diffusers: it has neither config.json nor vae/config.json")
-    files = [folder/f"diffusion_pytorch_model{v}.{e}" for e in ("safetensors", "bin") for v in ("", ".fp16")]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None: raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(f.name for f in files)}")
-    config = read_json(folder/"config.json", "download it again", error=CheckpointError)
-    return config, load_tensors(file)[0] if file.suffix == ".safetensors" else state_of(load_torch(file)[0], file), file
+_kl_weights = tuple(f"diffusion_pytorch_model{end}" for end in
+                    (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")) # The first that is there is read
 
-def _kl_statistics(tok, c): # diffusers: (z − shift)·scaling, or (z − latents_mean)·scaling/latents_std
-    c = _kl_default | {k: v for k,v in c.items() if v is not None}
+def _read_folder(path):
+    "Configuration and tensors of a folder of diffusers, and the file that holds the tensors"
+    folder = next((f for f in (path, path/"vae") if (f/"config.json").is_file()), None)
+    if folder is None:
+        raise CheckpointError(f"{path} is no folder of diffusers: it has neither config.json nor vae/config.json")
+    file = next((folder/name for name in _kl_weights if (folder/name).is_file()), None)
+    if file is None: raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(_kl_weights)}")
+    config = read_json(folder/"config.json", "download it again", error=CheckpointError)
+    if file.suffix == ".safetensors": tensors, _ = load_tensors(file)
+    else: tensors = state_of(load_torch(file)[0], file)
+    return config, tensors, file
+
+def _with_convs(tensors, config, d):
+    "Give a model without the 1×1 convolutions around the latent ones that do nothing"
+    for flag, name, n in (("use_quant_conv", "quant_conv", 2*d), ("use_post_quant_conv", "post_quant_conv", d)):
+        if not config.get(flag, True):
+            tensors = tensors | {f"{name}.weight": torch.eye(n)[:,:,None,None], f"{name}.bias": torch.zeros(n)}
+    return tensors
+
+def _renamed(tensors, config):
+    "Tensors of diffusers under the names of an `Autoencoder`; those that it has no name for keep theirs"
+    left = {".".join(_kl_old.get(w, w) for w in name.split(".")): v for name,v in tensors.items()}
+    with torch.device("meta"): shapes = {name: v.shape for name,v in Autoencoder(**config).state_dict().items()}
+    ours = {}
+    for name,shape in shapes.items():
+        theirs = diffusers_name(name, len(config["ch_mult"]))
+        if theirs not in left: continue
+        v = left.pop(theirs)
+        linear = v.shape == shape[:2] and shape[2:] == (1, 1) # The same as a 1×1 convolution
+        ours[name] = v.reshape(shape) if linear else v
+    return ours | left
+
+def _take_scaling(tok, config):
+    "diffusers: (z − shift)·scaling, or (z − latents_mean)·scaling/latents_std"
+    c = _complete(config)
     scale, mean, std = c["scaling_factor"], c.get("latents_mean", c.get("shift_factor", 0.)), c.get("latents_std", 1.)
     if (scale, mean, std) == (1., 0., 1.): return # Nobody took any
     mean, std = (torch.as_tensor(v, dtype=torch.float32).expand(tok.latent_dim) for v in (mean, std))
-    tok.set_latent_stats(mean, std/scale, dict(file="config.json of diffusers", **{k: c[k] for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std") if k in c}))
+    origin = {k: c[k] for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std") if k in c}
+    tok.set_latent_stats(mean, std/scale, dict(file="config.json of diffusers", **origin))
 
+# %% ../../nbs/72_interop.diffusers.ipynb #e74d21cb
 def from_diffusers(
-    source:str|Path|nn.Module, # A folder with config.json and weights (or a pipeline's, with vae/ in it), or the model itself
-)->Autoencoder:                      # On the CPU, with the statistics that `scaling_factor` and the like stand for
+    source:str|Path|nn.Module, # A folder with config.json and weights (or a pipeline's, with vae/ in it), or the model
+)->Autoencoder:                # On the CPU, with the statistics that `scaling_factor` and the like stand for
     "The autoencoder of a diffusers model; a folder is read without diffusers being installed"
-    if isinstance(source, (str, Path)): config, tensors, where = _kl_folder(Path(source))
+    if isinstance(source, (str, Path)): config, tensors, where = _read_folder(Path(source))
     else: config, tensors, where = dict(source.config), source.state_dict(), type(source).__name__
-    try: ours, d = config_from_diffusers(config), config.get("latent_channels", _kl_default["latent_channels"])
+    try: ours = config_from_diffusers(config)
     except VavaeError: raise
     except Exception as e:
         raise CheckpointError(f"{where}: its configuration holds values that diffusers does not write ({e})") from None
-    for flag, name, n in (("use_quant_conv", "quant_conv", 2*d), ("use_post_quant_conv", "post_quant_conv", d)):
-        if not config.get(flag, True): tensors = tensors | {f"{name}.weight": torch.eye(n)[:,:,None,None], f"{name}.bias": torch.zeros(n)}
-    left = {".".join(_kl_old.get(w, w) for w in k.split(".")): v for k,v in tensors.items()}
-    with torch.device("meta"): own = Autoencoder(**ours).state_dict()
-    pairs = [(k, left.pop(name), v.shape) for k,v in own.items() if (name := diffusers_name(k, len(ours["ch_mult"]))) in left]
-    tok = build_from(Autoencoder, ours, {k: t.reshape(s) if t.shape == s[:2] and s[2:] == (1, 1) else t for k,t,s in pairs} | left, where) # A linear layer is a 1×1 convolution
-    _kl_statistics(tok, config)
+    tensors = _renamed(_with_convs(tensors, config, ours["latent_dim"]), ours)
+    tok = build_from(Autoencoder, ours, tensors, where)
+    _take_scaling(tok, config)
     return tok
 
 def to_diffusers(
-    tok:Autoencoder,     # With or without statistics
-)->nn.Module:      # Write it with its `save_pretrained(folder)`
+    tok:Autoencoder, # With or without statistics
+)->nn.Module:        # Write it with its `save_pretrained(folder)`
     "The same network as diffusers' `AutoencoderKL`"
     try: from diffusers import AutoencoderKL
-    except ImportError as e: raise ConfigError(f"to_diffusers needs the package diffusers ({e}): pip install diffusers") from None
-    kl, levels = AutoencoderKL(**config_to_diffusers(tok)), len(tok.config["ch_mult"])
-    shapes = kl.state_dict()
-    named = {diffusers_name(k, levels): v for k,v in _cpu(tok.state_dict()).items()}
-    load_into(kl, {k: v.reshape(shapes[k].shape) if k in shapes and v.numel() == shapes[k].numel() else v for k,v in named.items()}, "the tokenizer")
+    except ImportError as e:
+        raise ConfigError(f"to_diffusers needs the package diffusers ({e}): pip install diffusers") from None
+    kl = AutoencoderKL(**config_to_diffusers(tok))
+    shapes, levels, named = {k: v.shape for k,v in kl.state_dict().items()}, len(tok.config["ch_mult"]), {}
+    for name,v in _on_cpu(tok.state_dict()).items():
+        theirs = diffusers_name(name, levels)
+        fits = theirs in shapes and v.numel() == shapes[theirs].numel()
+        named[theirs] = v.reshape(shapes[theirs]) if fits else v
+    load_into(kl, named, "the tokenizer")
     return kl.eval()

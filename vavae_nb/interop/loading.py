@@ -19,21 +19,31 @@ from .authors import load_lightningdit, load_vavae, with_stats
 _torch_files = (".pt", ".pth", ".ckpt", ".bin")
 
 def load_tokenizer(
-    path:str|Path,                   # A run folder, our `.safetensors`, a published `.pt` or `.ckpt`, a folder of diffusers, or its name on the hub
+    path:str|Path,                   # A run folder, our `.safetensors`, a published `.pt` or `.ckpt`, or of diffusers
     latent_stats:str|Path|None=None, # A `latents_stats.pt`; a published checkpoint brings no statistics of its own
     resolution:int=256,              # Of a published checkpoint, as for `load_vavae`
     norm_groups:int=32,              # The same
 )->Autoencoder:                      # On the CPU
-    "A tokenizer from whichever file holds it"
+    "A tokenizer from whichever file holds it; a diffusers model is a folder, or the name of one on the hub"
     name, path = str(path), Path(path).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (*_torch_files, ".safetensors") and not path.parent.exists():
-        path = hub_folder(name, "config.json", "diffusion_pytorch_model.safetensors")
+    if _is_hub_name(name, path): path = hub_folder(name, "config.json", "diffusion_pytorch_model.safetensors")
     if not path.exists(): raise CheckpointError(f"no file or folder at {path}")
-    if path.suffix in _torch_files and path.is_file(): return load_vavae(path, latent_stats, resolution, norm_groups)
-    if (own := path/"tokenizer.safetensors").is_file(): path = own
-    if path.is_file(): return with_stats(Autoencoder.load(path), latent_stats)
-    if any((path/f).is_file() for f in ("config.json", "vae/config.json")): return with_stats(from_diffusers(path), latent_stats)
-    raise CheckpointError(f"{path} holds no tokenizer: neither tokenizer.safetensors (a run folder) nor config.json (diffusers)")
+    if path.is_file() and path.suffix in _torch_files: return load_vavae(path, latent_stats, resolution, norm_groups)
+    file = _in_run(path, "tokenizer.safetensors")
+    if file.is_file(): return with_stats(Autoencoder.load(file), latent_stats)
+    if any((path/config).is_file() for config in ("config.json", "vae/config.json")):
+        return with_stats(from_diffusers(path), latent_stats)
+    raise CheckpointError(f"{path} holds no tokenizer: "
+                          "neither tokenizer.safetensors (a run folder) nor config.json (diffusers)")
+
+def _is_hub_name(name, path):
+    "Is it `owner/model`, and nothing on this disk?"
+    if path.exists() or path.parent.exists() or path.suffix in (*_torch_files, ".safetensors"): return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+def _in_run(path, name):
+    "A file of a run folder; the path itself if it is no such folder"
+    return path/name if (path/name).is_file() else path
 
 def load_dit(
     path:str|Path,        # A run folder, our `.safetensors`, or a published `.pt`
@@ -42,7 +52,7 @@ def load_dit(
     "A transformer from whichever file holds it"
     path = Path(path)
     if not path.exists(): raise CheckpointError(f"no file or folder at {path}")
-    if path.suffix in _torch_files and path.is_file(): return load_lightningdit(path, which)
-    if (own := path/"dit.safetensors").is_file(): path = own
-    if path.is_file(): return LightningDiT.load(path, which)
+    if path.is_file() and path.suffix in _torch_files: return load_lightningdit(path, which)
+    file = _in_run(path, "dit.safetensors")
+    if file.is_file(): return LightningDiT.load(file, which)
     raise CheckpointError(f"{path} holds no transformer: there is no dit.safetensors in it")
