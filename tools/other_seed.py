@@ -14,9 +14,10 @@ def shift_seeds(
     by:int, # 0: nothing is changed
 ):
     "Replace the ways to seed a generator by ones that seed it otherwise"
-    if not by or hasattr(random, "seeds_shifted"): return
-    import numpy as np, torch
-    random.seeds_shifted = True # A second time would undo the first
+    if not by: return
+    import numpy as np, torch # Which may shift them already: see in_children
+    if hasattr(random, "seeds_shifted"): return # A second time would undo the first
+    random.seeds_shifted = True
     mask = by*0x9E3779B1 & 0x7FFFFFFF
     other = lambda seed: seed ^ mask if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) else seed
 
@@ -38,7 +39,6 @@ def shift_seeds(
     torch.Generator, np.random.Philox, np.random.RandomState, random.Random = Generator, Philox, RandomState, Random
     torch.manual_seed = torch.random.manual_seed = shifted(torch.manual_seed)
     np.random.default_rng, np.random.seed, random.seed = map(shifted, (np.random.default_rng, np.random.seed, random.seed))
-
 
 
 def shift_by_environment():
