@@ -43,7 +43,7 @@ def wait():
     if world_size() > 1:
         with _others_named(): dist.barrier()
 
-# %% ../../nbs/58_base.processes.ipynb #fbb7847c
+# %% ../../nbs/58_base.processes.ipynb #ea3ad440
 def _check_launcher():
     missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(k)]
     if not missing: return
@@ -114,7 +114,7 @@ def sum_with_gradient(
     "Sum over all processes, through which gradients flow: each process's tensor feels the loss of all"
     return _Sum.apply(t) if world_size() > 1 else t
 
-# %% ../../nbs/58_base.processes.ipynb #83e9c2b9
+# %% ../../nbs/58_base.processes.ipynb #45fc0762
 @torch.no_grad()
 def gather_rows(
     x:Tensor, # Rows of this process: those that `rows_of(n)` names, (k, …)
