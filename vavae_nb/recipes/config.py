@@ -154,16 +154,16 @@ class Saving:
     tensorboard:bool=False # Log to TensorBoard, too
     wandb:str=""           # Log to this project of Weights & Biases, too
 
-_published = {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler"}
+_as_published = {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler"}
 
 def _guided(scale, interval, channels):
     return {"sampling.cfg_scale": scale, "sampling.cfg_interval": interval, "sampling.cfg_channels": channels}
 
 sampling_presets = {
-    "paper-800ep": _published | _guided(6.7, (.125, 1.), 3),
-    "paper-64ep": _published | _guided(10., (.1, 1.), 3),
-    "all-channels": _published | _guided(4., (.1, 1.), 0),
-    "unguided": _published | {"sampling.cfg_scale": 1., "sampling.cfg_channels": 0},
+    "paper-800ep": _as_published | _guided(6.7, (.125, 1.), 3),
+    "paper-64ep": _as_published | _guided(10., (.1, 1.), 3),
+    "all-channels": _as_published | _guided(4., (.1, 1.), 0),
+    "unguided": _as_published | {"sampling.cfg_scale": 1., "sampling.cfg_channels": 0},
 }
 
 # %% ../../nbs/65_recipes.config.ipynb #445581ca

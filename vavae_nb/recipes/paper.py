@@ -110,24 +110,24 @@ def _table2_recipes(): # And Figure 4's
             places = ["Table 2"] if size in gfid else []
             if size in panels: places.append(panels[size])
             if not places: continue
-            recipe = _ablation(tokenizer, size, config, ", ".join(places), reconstruction, gfid.get(size))
-            recipes[_name(spec, vfm, size)] = recipe
+            row = _ablation(tokenizer, size, config, ", ".join(places), reconstruction, gfid.get(size))
+            recipes[_name(spec, vfm, size)] = row
     return recipes
 
 def _table4_recipes():
     recipes = {}
     for vfm,reconstruction,gfid in _table4:
         config = override(_imagenet, {"foundation.name": vfm})
-        recipe = _ablation(f"f16d32 tokenizer, {_vf_loss(vfm)}", "B", config, "Table 4", reconstruction, gfid)
-        recipes[_name("f16d32", vfm, "B")] = recipe
+        row = _ablation(f"f16d32 tokenizer, {_vf_loss(vfm)}", "B", config, "Table 4", reconstruction, gfid)
+        recipes[_name("f16d32", vfm, "B")] = row
     return recipes
 
 def _table5_recipes():
     recipes = {}
     for name,part,change,reconstruction,gfid in _table5:
         tokenizer = f"f16d32 tokenizer, VF loss without {part}"
-        recipe = _ablation(tokenizer, "B", override(_imagenet, change), "Table 5", reconstruction, gfid)
-        recipes[_name("f16d32", "dinov2", name, "B")] = recipe
+        row = _ablation(tokenizer, "B", override(_imagenet, change), "Table 5", reconstruction, gfid)
+        recipes[_name("f16d32", "dinov2", name, "B")] = row
     return recipes
 
 # %% ../../nbs/67_recipes.paper.ipynb #a1da6d43
@@ -243,8 +243,8 @@ _published = _table2_recipes() | _table4_recipes() | _table5_recipes() | _releas
 _at_256 = {f"imagenet256-{name}": r for name,r in _published.items()}
 _at_32 = {f"cifar10-{cifar10_name(name)}": _in_small(name, r) for name,r in _published.items()}
 
-def _named(name, r): return replace(r, config=override(r.config, {"recipe": name}))
-recipes = {name: _named(name, r) for name,r in (_laptop | _at_256 | _at_32).items()}
+def _with_name(name, r): return replace(r, config=override(r.config, {"recipe": name}))
+recipes = {name: _with_name(name, r) for name,r in (_laptop | _at_256 | _at_32).items()}
 
 def recipe(
     name:str, # A recipe's name
