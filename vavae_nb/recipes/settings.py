@@ -78,8 +78,8 @@ def convert(
 
 def _to_tuple(value, kinds, name): # `kinds`: of its items; (int, ...) is any number of them
     if is_dataclass(kinds[0]): return _to_dataclasses(value, kinds[0], name)
-    if isinstance(value, str): value = value.strip("()[] ").split(",")
-    items = [v for v in value if str(v).strip()] if isinstance(value, (list, tuple)) else [value]
+    items = value.strip("()[] ").split(",") if isinstance(value, str) else value
+    items = [v for v in items if str(v).strip()] if isinstance(items, (list, tuple)) else [items]
     if kinds[-1] is ...: kinds = kinds[:1]*len(items)
     if len(items) != len(kinds): raise ConfigError(f"{name} takes {len(kinds)} values, got {value!r}")
     return tuple(convert(v.strip() if isinstance(v, str) else v, kind, name) for v,kind in zip(items, kinds))
