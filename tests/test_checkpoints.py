@@ -1,20 +1,22 @@
 "Checkpoints under fire: kills, full disks, damage; the lock against a crowd; signals and the status that they leave"
-import errno, json, math, resource, shutil, subprocess, sys, warnings
+import errno, fcntl, json, math, resource, shutil, subprocess, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import pytest, torch
-from vavae_nb.base import checkpoints, stopping
+from vavae_nb.base import checkpoints
 from vavae_nb.base.checkpoints import Checkpoints
+from vavae_nb.base.errors import CheckpointError, ConfigError, VavaeError
 from vavae_nb.base.stopping import RunLock
-from vavae_nb.base.errors import CheckpointError, VavaeError
 
 def state(step, n=1000): return {"w": torch.full((n,), float(step)), "opt": [{"step": step}]}
 def names(c): return sorted(p.name for p in c.folder.iterdir())
-def whole(c): return sorted(p.name for s in c.steps() for p in (c._json(s), c._data(s, c._info(s))))
+def tensors(c, step): return c.files.tensors(step, c.files.info(step))
+def whole(c): return sorted([c.files.json(s).name for s in c.steps()] + [tensors(c, s).name for s in c.steps()])
 
 def forking(script, *args):
     "Run a script that imports once, forks what it kills, and prints what it saw as JSON"
-    r = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, encoding="utf-8", timeout=900)
+    command = [sys.executable, "-c", script, *map(str, args)]
+    r = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=900)
     assert r.returncode == 0, r.stderr
     return json.loads(r.stdout.splitlines()[-1])
 
@@ -35,12 +37,14 @@ for _ in range(kills):
     os.close(w)
     told = os.read(r, 4)                            # The first is written
     time.sleep(rng.uniform(0, .3))
-    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     while more := os.read(r, 4): told = more
     os.close(r)
     stray = sum(".safetensors" in n or n[0] == "." for n in os.listdir(folder)) - len(c.steps())
     step, state = c.newest()
-    seen.append((int.from_bytes(told, "big"), step, bool((state["w"] == step).all()) and state["step"] == step, stray))
+    is_whole = bool((state["w"] == step).all()) and state["step"] == step
+    seen.append((int.from_bytes(told, "big"), step, is_whole, stray))
 print(json.dumps(seen))
 """
 
@@ -48,11 +52,12 @@ print(json.dumps(seen))
 def test_killed_at_random_moments_while_saving(tmp_path, kills):
     seen = forking(KILLS, tmp_path/"run", kills)
     assert len(seen) == kills
-    for told,step,is_whole,_ in seen: assert is_whole and step in (told, told+1), seen # It may be killed before it can say that it is done
+    for told,step,is_whole,_ in seen: # It may be killed before it can say that it is done
+        assert is_whole and step in (told, told+1), seen
     if kills > 3: assert any(stray for *_,stray in seen), "no kill came in the middle of a write"
     c = Checkpoints(tmp_path/"run")
     c.save(10_000, state(10_000))
-    assert names(c) == whole(c) and len(c.steps()) == 2 # Nothing is left of any of the kills (the last but one was the best)
+    assert names(c) == whole(c) and len(c.steps()) == 2 # Nothing is left of any kill (the last but one was the best)
 
 @contextmanager
 def file_limit(n):
@@ -61,10 +66,11 @@ def file_limit(n):
     try: yield
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-def refused(c, step, n, said):
+def refused(c, step, n, reason):
     before = names(c)
     with pytest.raises(VavaeError) as e: c.save(step, state(step, n))
-    for part in (said, f"checkpoint of step {step} could not be written", f"takes {4*n/1e6:,.1f} MB", f"step {c.steps()[-1]} is whole", "same command again"):
+    for part in (reason, f"checkpoint of step {step} could not be written", f"takes {4*n/1e6:,.1f} MB",
+                 f"step {c.steps()[-1]} is whole", "same command again"):
         assert part in str(e.value)
     assert names(c) == before == whole(c)
 
@@ -75,20 +81,24 @@ def test_a_limit_on_the_size_of_files(tmp_path):
         refused(c, 3, 100_000, "File too large")
         refused(c, 2, 100_000, "File too large") # The same step anew: the old one stays
     assert torch.equal(c.newest()[1]["w"], state(2)["w"])
-    c.save(3, state(3, 100_000)); assert c.steps() == [2, 3]
+    c.save(3, state(3, 100_000))
+    assert c.steps() == [2, 3]
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    disk = tmp_path/"tiny"; disk.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    disk = tmp_path/"tiny"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
         c = Checkpoints(disk/"run")
         for step in (1, 2): c.save(step, state(step, 250_000))
-        refused(c, 3, 400_000, "No space left")                                                         # Seen before the write
-        usage = shutil.disk_usage(disk)
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=10**9))      # Filled by someone else meanwhile
+        refused(c, 3, 400_000, "No space left") # Seen before the write
+        usage = shutil.disk_usage(disk)         # Filled by someone else meanwhile:
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
         refused(c, 3, 400_000, "No space left")
-        c.save(3, state(3, 200_000)); assert c.steps() == [2, 3]
+        c.save(3, state(3, 200_000))
+        assert c.steps() == [2, 3]
     finally: subprocess.run(["umount", disk], check=True)
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -99,33 +109,54 @@ def test_no_room_for_the_last_small_file(tmp_path, monkeypatch, code):
     monkeypatch.setattr(checkpoints, "atomic_write", full)
     refused(c, 2, 1000, "Disk quota exceeded")
 
+def quietly(f):
+    "The result and the warnings"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return f(), [str(o.message) for o in caught]
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
 def test_every_byte_of_the_json_and_any_of_the_data(tmp_path):
     c = Checkpoints(tmp_path)
     for step in (1, 2): c.save(step, state(step), score=.5)
-    js, data = c._json(2), c._data(2, c._info(2))
+    js, data = c.files.json(2), tensors(c, 2)
+    places = [(js, i) for i in range(js.stat().st_size)]
+    places += [(data, i) for i in (0, 7, 8, 20, 150, 300, -4000, -1)]
     fell_back = 0
-    for path,places in ((js, range(js.stat().st_size)), (data, (0, 7, 8, 20, 150, 300, -4000, -1))):
-        good = path.read_bytes()
-        for at in places:
-            bad = bytearray(good); bad[at] ^= 1; path.write_bytes(bad)
-            for get in (c.newest, c.best):
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    step, got = get()
-                assert torch.equal(got["w"], state(step)["w"]) and got["opt"] == state(step)["opt"]
-                said = [str(o.message) for o in said]
-                assert step == 2 or get == c.best or (len(said) == 1 and "step-00000002" in said[0] and "step 1 is used instead" in said[0])
-                if get == c.newest: fell_back += step == 1; assert path == js or step == 1
-        path.write_bytes(good)
+    for path,place in places:
+        flip(path, place)
+        for get in (c.newest, c.best):
+            (step, got), said = quietly(get)
+            assert torch.equal(got["w"], state(step)["w"]) and got["opt"] == state(step)["opt"]
+            if get == c.best: continue
+            assert path == js or step == 1
+            if step == 2: continue
+            assert len(said) == 1 and "step-00000002" in said[0] and "step 1 is used instead" in said[0]
+            fell_back += 1
+        flip(path, place)
     assert fell_back > 100 # Most of the JSON is the hash
-    for break_it in (lambda: data.write_bytes(data.read_bytes()[:-1]), lambda: data.write_bytes(b""), data.unlink, *(lambda o=o: js.write_text(o, encoding="utf-8") for o in ("", "[]", "{}"))):
-        keep = {p: p.read_bytes() for p in (js, data)}
-        break_it()
+
+def test_files_that_are_cut_or_gone(tmp_path):
+    c = Checkpoints(tmp_path)
+    for step in (1, 2): c.save(step, state(step), score=.5)
+    js, data = c.files.json(2), tensors(c, 2)
+    whole_js, whole_data = js.read_bytes(), data.read_bytes()
+    bad = [(whole_js, whole_data[:-1]), (whole_js, b""), (whole_js, None)]
+    bad += [(text, whole_data) for text in (b"", b"[]", b"{}")]
+    for bad_js,bad_data in bad:
+        js.write_bytes(bad_js)
+        data.unlink() if bad_data is None else data.write_bytes(bad_data)
         with pytest.warns(UserWarning, match="step-00000002.*step 1 is used instead"): assert c.newest()[0] == 1
-        for p,b in keep.items(): p.write_bytes(b)
+    js.write_bytes(whole_js)
+    data.write_bytes(whole_data)
     for p in tmp_path.glob("*.safetensors"): p.write_bytes(b"")
     with pytest.raises(CheckpointError, match="is whole: .*step-00000002.*step-00000001.*start anew"): c.newest()
-    c.save(1, state(1)); assert c.newest()[0] == 1 and c.steps() == [1] # What comes after a step that is saved is not its future
+    c.save(1, state(1))
+    assert c.newest()[0] == 1 and c.steps() == [1] # What comes after a step that is saved is not its future
 
 def test_what_is_not_finite_is_not_written(tmp_path):
     c = Checkpoints(tmp_path)
@@ -135,41 +166,71 @@ def test_what_is_not_finite_is_not_written(tmp_path):
             with pytest.raises(CheckpointError, match=r"ema\.b is not finite at step 2: .*step 1 is whole"):
                 c.save(2, {"a": torch.ones(2), "ema": {"b": torch.tensor([1., v]).to(dtype)}})
     assert names(c) == whole(c) and c.steps() == [1]
-    c.save(2, state(2), score=math.nan); assert c.best() is None # Not finite, so not the best
+    c.save(2, state(2), score=math.nan)
+    assert c.best() is None # Not finite, so not the best
 
 def test_tensors_survive_by_value(tmp_path):
     x = torch.randn(2, 3, 4, 5)
-    given = {"bf16": x.bfloat16(), "f16": x.half(), "f64": x.double(), "scalar": torch.tensor(3.5), "count": torch.tensor(7), "empty": torch.zeros(0, 4),
-             "flags": x > 0, "rng": torch.get_rng_state(), "channels_last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(0, 3), "row": x[1],
+    given = {"bf16": x.bfloat16(), "f16": x.half(), "f64": x.double(), "scalar": torch.tensor(3.5),
+             "count": torch.tensor(7), "empty": torch.zeros(0, 4), "flags": x > 0, "rng": torch.get_rng_state(),
+             "channels_last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(0, 3), "row": x[1],
              "expanded": x[:1, :1].expand(3, 3, 4, 5), "tied": x, "parameter": torch.nn.Parameter(x.clone())}
+    numbers = [0.1, -1e-300, 2**70, True, None, "ü", float("inf")]
     c = Checkpoints(tmp_path)
-    c.save(0, {"a.b": given, "a": {"b.c": given}, "numbers": [0.1, -1e-300, 2**70, True, None, "ü", float("inf")], "none": {}, "empty": []})
+    c.save(0, {"a.b": given, "a": {"b.c": given}, "numbers": numbers, "none": {}, "empty": []})
     _, got = c.newest()
     for there in (got["a.b"], got["a"]["b.c"]):
         assert there.keys() == given.keys()
-        for k,v in given.items(): assert there[k].dtype == v.dtype and there[k].shape == v.shape and torch.equal(there[k], v), k
-    assert repr(got["numbers"]) == repr([0.1, -1e-300, 2**70, True, None, "ü", float("inf")]) and got["none"] == {} and got["empty"] == []
-    if (maps := Path("/proc/self/maps")).exists(): assert str(tmp_path) not in maps.read_text(encoding="utf-8") # Owned: rotation may delete the file
-    assert oct(c._data(0, c._info(0)).stat().st_mode)[-3:] == "644"
+        for k,v in given.items():
+            assert there[k].dtype == v.dtype and there[k].shape == v.shape and torch.equal(there[k], v), k
+    assert repr(got["numbers"]) == repr(numbers) and got["none"] == {} and got["empty"] == []
+    if (maps := Path("/proc/self/maps")).exists(): # Owned: rotation may delete the file
+        assert str(tmp_path) not in maps.read_text(encoding="utf-8")
+    assert oct(tensors(c, 0).stat().st_mode)[-3:] == "644"
 
 def test_rotation_and_finish(tmp_path):
     c = Checkpoints(tmp_path/"a", keep=3)
     for i,score in enumerate([5, 1, 1, 4, None, math.nan, 3], 1): c.save(i, state(i), score)
     assert c.steps() == [3, 5, 6, 7] and c.best()[0] == 3 # Of equal ones the newest
-    c.save(8, state(8), .5); c.finish()
+    c.save(8, state(8), .5)
+    c.finish()
     assert not c.folder.exists() # The best was the last
-    c.finish(); assert c.newest() is None and c.steps() == []
+    c.finish()
+    assert c.newest() is None and c.steps() == []
     for i,score in enumerate([1, 2], 1): c.save(i, state(i), score)
-    (c.folder/"notes.txt").write_text("not ours", encoding="utf-8"); (c.folder/"step-x.json").write_text("nor this", encoding="utf-8")
-    for stray in (".tmpA1b2C3", ".step-00000009.json.x1.json", "step-00000009.safetensors", "step-00000001-0123abcd.safetensors"): (c.folder/stray).write_text("of a killed writer", encoding="utf-8")
-    c.finish(); assert names(c) == sorted([*whole(c), "notes.txt", "step-x.json"]) and c.steps() == [1]
+    (c.folder/"notes.txt").write_text("not ours", encoding="utf-8")
+    (c.folder/"step-x.json").write_text("nor this", encoding="utf-8")
+    for left in (".tmpA1b2C3", ".step-00000009.json.x1.json", "step-00000009.safetensors",
+                 "step-00000001-0123abcd.safetensors"):
+        (c.folder/left).write_text("of a killed writer", encoding="utf-8")
+    c.finish()
+    assert names(c) == sorted([*whole(c), "notes.txt", "step-x.json"]) and c.steps() == [1]
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_): raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(stopping.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match="cannot be locked .No locks available.; see to it that only one process"):
         with RunLock(tmp_path/"run"): assert (tmp_path/"run"/"run.lock").exists()
     assert not list((tmp_path/"run").iterdir())
+
+@pytest.mark.parametrize("code, words", [(errno.ENOSYS, "not implemented"), (errno.EOPNOTSUPP, "not supported")])
+def test_other_words_for_no_locks(tmp_path, monkeypatch, code, words):
+    def no_locks(*_): raise OSError(code, words)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=f"cannot be locked .{words}."), RunLock(tmp_path/"run"): pass
+    assert not list((tmp_path/"run").iterdir())
+
+def test_a_lock_follows_no_link(tmp_path):
+    (tmp_path/"precious").write_text("not to be emptied", encoding="utf-8")
+    (tmp_path/"run").mkdir()
+    (tmp_path/"run"/"run.lock").symlink_to(tmp_path/"precious")
+    with pytest.raises(ConfigError, match="is a symbolic link to"): RunLock(tmp_path/"run").__enter__()
+    assert (tmp_path/"precious").read_text(encoding="utf-8") == "not to be emptied"
+
+def test_a_folder_that_cannot_be_locked_or_made(tmp_path):
+    (tmp_path/"file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be written .Not a directory.; give another folder"):
+        RunLock(tmp_path/"file"/"run").__enter__()
 
 SIGNALS = """
 import json, os, signal, sys, time
@@ -180,20 +241,29 @@ from vavae_nb.base.commands import user_errors
 from vavae_nb.base.errors import ConfigError
 root = Path(sys.argv[1])
 
+usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+
+def tick():
+    print("worker", os.getpid(), flush=True)
+    for _ in range(3000):
+        time.sleep(.02)
+        print("tick", flush=True)
+
+def wait_and_save(name, stop):
+    print("ready", flush=True)
+    while not stop.signum: time.sleep(.01)
+    if name.endswith("twice"):
+        print("saving", flush=True)
+        time.sleep(60)
+    Checkpoints(root/name).save(7, {"step": 7})
+
 def main(name):
     for fd in (1, 2): os.dup2(os.open(root/f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
-    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, signal.SIG_IGN if "ignored" in name else usual)
+    for s,handler in usual.items(): signal.signal(s, signal.SIG_IGN if "ignored" in name else handler)
     with user_errors("call the same command again"), RunLock(root/name), StopSignals() as stop:
-        if name.startswith("worker"):
-            if not os.fork():
-                print("worker", os.getpid(), flush=True)
-                for _ in range(3000): time.sleep(.02); print("tick", flush=True)
+        if name.startswith("worker") and not os.fork(): tick()
         if name.startswith("deferred"):
-            with stop.deferred():
-                print("ready", flush=True)
-                while not stop.signum: time.sleep(.01)
-                if name.endswith("twice"): print("saving", flush=True); time.sleep(60)
-                Checkpoints(root/name).save(7, {"step": 7})
+            with stop.deferred(): wait_and_save(name, stop)
         else:
             print("ready", flush=True)
             time.sleep(.3 if "ignored" in name else 60)
@@ -205,68 +275,99 @@ def soon(condition):
         time.sleep(.01)
     return False
 
+def read(path): return path.read_text(encoding="utf-8") if path.exists() else ""
+
 def until(name, word):
-    for _ in range(6000):
-        text = (root/f"{name}.txt").read_text(encoding="utf-8") if (root/f"{name}.txt").exists() else ""
-        if word in text: return text
-        time.sleep(.01)
-    raise TimeoutError(f"{name}: {text}")
+    if soon(lambda: word in read(root/f"{name}.txt")): return read(root/f"{name}.txt")
+    raise TimeoutError(f"{name}: {read(root/f'{name}.txt')}")
+
+def run_and_leave(name):
+    for s in (signal.SIGHUP, signal.SIGQUIT): signal.signal(s, signal.SIG_DFL)
+    code = 0
+    try: main(name)
+    except SystemExit as e: code = e.code
+    if name == "term": sys.exit(code) # As a command ends; the others save torch's second of leave-taking
+    os._exit(code)
+
+def signal_worker():
+    worker = int(until("worker", "worker").split("worker ")[1].split()[0])
+    def ticks(): return read(root/"worker.txt").count("tick")
+    def silent():
+        before = ticks()
+        time.sleep(1)
+        return before == ticks()
+    os.kill(worker, signal.SIGINT)
+    heard = ticks()+1 # One may be on its way
+    assert soon(lambda: ticks() > heard), "Ctrl-C is for the parent to answer"
+    os.kill(worker, signal.SIGTERM)
+    assert soon(silent), "SIGTERM ends a worker"
+
+def status(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 got = {}
-for name,signals in {"term": [15], "int": [2], "hup": [1], "ignored": [1, 2, 15], "deferred-term": [15], "deferred-int": [2], "deferred-hup": [1], "deferred-twice": [15, 2], "worker": []}.items():
-    if not (child := os.fork()):
-        for s in (signal.SIGHUP, signal.SIGQUIT): signal.signal(s, signal.SIG_DFL)
-        try: main(name); code = 0
-        except SystemExit as e: code = e.code
-        if name == "term": sys.exit(code) # As a command ends; the others save torch's second of leave-taking
-        os._exit(code)
+term, interrupt, hup = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+for name,signals in {"term": [term], "int": [interrupt], "hup": [hup], "ignored": [hup, interrupt, term],
+                     "deferred-term": [term], "deferred-int": [interrupt], "deferred-hup": [hup],
+                     "deferred-twice": [term, interrupt], "worker": [term]}.items():
+    child = os.fork()
+    if not child: run_and_leave(name)
     until(name, "ready")
-    if name == "worker":
-        worker = int(until(name, "worker").split("worker ")[1].split()[0])
-        ticks = lambda: until(name, "").count("tick")
-        os.kill(worker, 2); n = ticks()+1 # One may be on its way
-        assert soon(lambda: ticks() > n), "Ctrl-C is for the parent to answer"
-        os.kill(worker, 15)
-        assert soon(lambda: (n := ticks(), time.sleep(1))[0] == ticks()), "SIGTERM ends a worker"
-        signals = [15]
+    if name == "worker": signal_worker()
     for i,s in enumerate(signals):
         if i and "twice" in name: until(name, "saving")
         os.kill(child, s)
-    got[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), until(name, ""), Checkpoints(root/name).steps(), (root/name/"run.lock").exists()]
+    got[name] = [status(child), until(name, ""), Checkpoints(root/name).steps(), (root/name/"run.lock").exists()]
 
-if not (child := os.fork()):                                                    # Killed, but for its worker
-    RunLock(root/"lock").__enter__()
-    if not os.fork(): os.setsid(); Path(root, "orphan").write_text(str(os.getpid()), encoding="utf-8"); time.sleep(60); os._exit(0)
-    while not (root/"orphan").exists() or not (root/"orphan").read_text(encoding="utf-8"): time.sleep(.01)
-    time.sleep(60)
-while not (root/"orphan").exists() or not (root/"orphan").read_text(encoding="utf-8"): time.sleep(.01)
-try: RunLock(root/"lock").__enter__(); got["second"] = "was let in"
+def hold_lock():
+    with RunLock(root/"lock"):
+        if not os.fork():
+            os.setsid()
+            Path(root, "orphan").write_text(str(os.getpid()), encoding="utf-8")
+        time.sleep(60)
+    os._exit(0)
+
+child = os.fork()                                                               # Killed, but for its worker
+if not child: hold_lock()
+assert soon(lambda: read(root/"orphan"))
+got["second"] = "was let in"
+try: RunLock(root/"lock").__enter__()
 except ConfigError as e: got["second"] = str(e).replace(str(child), "THE CHILD")
-os.kill(child, 9); os.waitpid(child, 0)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
 with RunLock(root/"lock"): got["after"] = "let in"
-os.kill(int((root/"orphan").read_text(encoding="utf-8")), 9)
+os.kill(int(read(root/"orphan")), signal.SIGKILL)
 
 def crowd(): # Takes the lock twenty times; a marker shows whether somebody else has it
     had = 0
     while had < 20:
         try:
             with RunLock(root/"crowd"):
-                os.close(os.open(root/"marker", os.O_CREAT | os.O_EXCL)); time.sleep(.001); os.unlink(root/"marker"); had += 1
+                os.close(os.open(root/"marker", os.O_CREAT | os.O_EXCL))
+                time.sleep(.001)
+                os.unlink(root/"marker")
+                had += 1
         except ConfigError: time.sleep(.0005)
     os._exit(0)
+
 children = []
 for _ in range(5):
-    if not (child := os.fork()): crowd()
+    child = os.fork()
+    if not child: crowd()
     children.append(child)
-got["crowd"] = [os.waitstatus_to_exitcode(os.waitpid(o, 0)[1]) for o in children]
+got["crowd"] = [status(child) for child in children]
 print(json.dumps(got))
 """
 
+ENDS = { # Status, and what was said
+    "term": (143, "stopped by SIGTERM; call the same command again"), "int": (130, "stopped by SIGINT; call"),
+    "hup": (129, "stopped by SIGHUP; call"), "worker": (143, "SIGTERM; call"), "ignored": (0, ""),
+    "deferred-hup": (129, "SIGHUP: saving"), "deferred-int": (130, "SIGINT: saving"),
+    "deferred-term": (143, "SIGTERM: saving a checkpoint and stopping; Ctrl-C to stop at once"),
+    "deferred-twice": (130, "stopped by SIGINT")}
+
 def test_signals_and_locks(tmp_path):
     got = forking(SIGNALS, tmp_path)
-    for name,status,said in (("term", 143, "stopped by SIGTERM; call the same command again"), ("int", 130, "stopped by SIGINT; call"), ("hup", 129, "stopped by SIGHUP; call"), ("worker", 143, "SIGTERM; call"),
-                             ("ignored", 0, ""), ("deferred-hup", 129, "SIGHUP: saving"), ("deferred-term", 143, "SIGTERM: saving a checkpoint and stopping; Ctrl-C to stop at once"),
-                             ("deferred-int", 130, "SIGINT: saving"), ("deferred-twice", 130, "stopped by SIGINT")):
+    for name,(status,said) in ENDS.items():
         code, text, steps, locked = got[name]
         assert code == status and said in text and "Traceback" not in text and not locked, (name, got[name])
         assert steps == ([7] if name in ("deferred-term", "deferred-int", "deferred-hup") else []), name
@@ -282,7 +383,8 @@ from vavae_nb.base.commands import user_errors
 root = Path(sys.argv[1])
 
 def main(): # A loop with a progress bar, such as a training
-    for s,usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)): signal.signal(s, usual)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with user_errors("call the same command again"), StopSignals() as stop, stop.deferred():
         while not stop.signum:
             (root/"ready").touch()
@@ -292,7 +394,8 @@ def main(): # A loop with a progress bar, such as a training
 
 child, terminal = pty.fork()
 if not child:
-    try: main(); code = 0
+    code = 0
+    try: main()
     except SystemExit as e: code = e.code
     except BaseException: code = 99
     os._exit(code)
@@ -320,9 +423,13 @@ def by_a_weak_reference():
 got = []
 for send in (by_a_destructor, by_a_weak_reference):
     with StopSignals() as stop:
-        try: send(); got.append("swallowed")
+        try:
+            send()
+            got.append("swallowed")
         except Stopped: got.append("raised")
-        try: stop.check(); got.append("forgotten")
+        try:
+            stop.check()
+            got.append("forgotten")
         except Stopped as e: got.append(str(e))
 print(json.dumps(got))
 """
@@ -334,8 +441,11 @@ def test_a_signal_that_python_swallows_is_not_forgotten(tmp_path):
 def test_finishing_twice_changes_nothing(tmp_path):
     c = Checkpoints(tmp_path, keep=2)
     for i,score in enumerate([3, 1, 2], 1): c.save(i, state(i), score)
-    for _ in range(2): c.finish(3); assert c.steps() == [2] # The best, which is not the last
-    c.finish(2); assert not c.folder.exists()
+    for _ in range(2):
+        c.finish(3)
+        assert c.steps() == [2] # The best, which is not the last
+    c.finish(2)
+    assert not c.folder.exists()
 
 def test_a_lock_on_a_disk_that_fails_hides_no_error(tmp_path, monkeypatch):
     def fails(*_): raise OSError(errno.EIO, "Input/output error")
@@ -348,5 +458,5 @@ def test_hostile_json_is_a_checkpoint_that_is_passed_over(tmp_path):
     c = Checkpoints(tmp_path)
     c.save(1, state(1))
     for text in ("["*100_000, "{\"step\": "+"9"*6000+"}", "[]", "null", "{\"step\": 2}", "\xff"):
-        c._json(2).write_text(text, encoding="utf-8")
+        c.files.json(2).write_text(text, encoding="utf-8")
         with pytest.warns(UserWarning, match="step-00000002.json.*step 1 is used instead"): assert c.newest()[0] == 1

@@ -19,7 +19,8 @@ def test_help_reads_well(name):
     assert titles == [*COMMANDS[name].sections[1].values(), "example"] and max(map(len, text.splitlines())) <= 100
     assert text.startswith(f"usage: python -m {name} ") and not any(s in text for s in ("None", "False", "True"))
     for a in options:
-        heads = [s for s in text.splitlines() if re.match(rf"  {a.option_strings[0] if a.option_strings else a.metavar}( |$)", s)]
+        shown = a.option_strings[0] if a.option_strings else a.metavar
+        heads = [s for s in text.splitlines() if re.match(rf"  {shown}( |$)", s)]
         assert len(heads) == 1 and len(a.option_strings) <= 1 and "_" not in heads[0].split("  ")[1], (a.dest, heads)
         assert a.help.count("(default: ") == (bool(a.option_strings) and not a.required and a.nargs != 0), a.help
         assert all(str(c) in text for c in a.choices or ())
@@ -33,9 +34,11 @@ def test_its_example_is_a_call_of_it(name):
 
 def test_underscores_dashes_and_one_letter():
     def seed(*args):
-        r = subprocess.run([sys.executable, "-m", "vavae_nb.sample", *args, "--cfg_scale", "two"], capture_output=True, encoding="utf-8")
+        command = [sys.executable, "-m", "vavae_nb.sample", *args, "--cfg_scale", "two"]
+        r = subprocess.run(command, capture_output=True, encoding="utf-8")
         return r.returncode, r.stderr.splitlines()[-1]
-    assert seed("--n", "-1", "--batch_size=3", "--world-size", "2") == seed("-n", "-1", "--batch-size=3", "--world_size", "2")
+    first = seed("--n", "-1", "--batch_size=3", "--world-size", "2")
+    assert first == seed("-n", "-1", "--batch-size=3", "--world_size", "2")
     assert seed() == (2, "python -m vavae_nb.sample: error: argument --cfg-scale: invalid float value: 'two'")
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -52,16 +55,19 @@ class Pressed(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Pressed())
 """
 
-@pytest.mark.parametrize("where,said", [("fastcore.script", ""), ("vavae_nb.training.stages", "stopped; call the same command again")])
+LATER = "vavae_nb.training.stages" # Is imported when there is something to say
+
+@pytest.mark.parametrize("where,said", [("fastcore.script", ""), (LATER, "stopped; call the same command again")])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_while_a_command_starts(tmp_path, where, said, ignored):
     "Silent before there is anything to say, a sentence after that; nothing where Ctrl-C was inherited as ignored"
     (tmp_path/"sitecustomize.py").write_text(PRESSED.replace("WHERE", where), encoding="utf-8")
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
-    args = ["--recipe", "smoke", "--out", tmp_path/"run", "--resume"] # Which ends by itself: there is nothing to go on with
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args if where != "vavae_nb.training.stages" else args[:-1]+["--stage", "dit"])],
-                       env=env, preexec_fn=heard, capture_output=True, encoding="utf-8")
+    def inherit(): signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    ends = ["--stage", "dit"] if where == LATER else ["--resume"] # By itself: there is nothing to go on with
+    command = [sys.executable, "-m", "vavae_nb.train", "--recipe", "smoke", "--out", str(tmp_path/"run"), *ends]
+    r = subprocess.run(command, env=env, preexec_fn=inherit, capture_output=True, encoding="utf-8")
     assert "Traceback" not in r.stderr, r.stderr
     if ignored: assert r.returncode == 2, r.stderr
-    else: assert r.returncode == 130 and r.stderr.strip().startswith(said) and bool(r.stderr) == bool(said), r.stderr
+    else:
+        assert r.returncode == 130 and r.stderr.strip().startswith(said) and bool(r.stderr) == bool(said), r.stderr

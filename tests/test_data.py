@@ -15,7 +15,9 @@ def fill(root, n=4, size=(40, 50), classes=("a", "b"), mode="RGB"):
     rng = np.random.default_rng(0)
     for c in classes:
         (root/c).mkdir(parents=True)
-        for i in range(n): Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).convert(mode).save(root/c/f"{i}.png")
+        for i in range(n):
+            noise = rng.integers(0, 255, (*size, 3), np.uint8)
+            Image.fromarray(noise).convert(mode).save(root/c/f"{i}.png")
     return root
 
 def quietly(f, *args):
@@ -35,7 +37,8 @@ def test_modes(tmp_path, mode):
 
 @pytest.mark.parametrize("size", [(31, 200), (64, 64), (33, 32), (500, 70)])
 def test_the_crop_is_the_middle(size):
-    x = np.zeros((*size, 3), np.uint8); x[size[0]//2-4:size[0]//2+4, size[1]//2-4:size[1]//2+4] = 255
+    x = np.zeros((*size, 3), np.uint8)
+    x[size[0]//2-4:size[0]//2+4, size[1]//2-4:size[1]//2+4] = 255
     c = center_crop(Image.fromarray(x), 32)[..., 0].astype(float)
     rows, cols = np.indices(c.shape)
     assert c.shape == (32, 32) and abs((rows*c).sum()/c.sum()-15.5) < 1 and abs((cols*c).sum()/c.sum()-15.5) < 1
@@ -79,7 +82,8 @@ def test_layouts_that_hold_nothing(tmp_path, make, message):
     with pytest.raises(DataError, match=message): folder(make(tmp_path/"d"), 16)
 
 def test_imagenet_layout(tmp_path):
-    fill(tmp_path/"d"/"train", n=3); fill(tmp_path/"d"/"val", n=1)
+    fill(tmp_path/"d"/"train", n=3)
+    fill(tmp_path/"d"/"val", n=1)
     (train, test), _ = quietly(load_data, tmp_path/"d", 16)
     assert (len(train), len(test)) == (6, 2)
     os.rename(tmp_path/"d"/"val"/"b", tmp_path/"d"/"val"/"c")
@@ -96,10 +100,13 @@ def test_on_demand_gives_the_same_images(tmp_path):
     root = fill(tmp_path/"d", n=6)
     kept, lazy = folder(root, 16), lazy_folder(root, 16, workers=3)
     i, flip = torch.tensor([7, 0, 3]), torch.tensor([True, False, True])
-    assert torch.equal(lazy.batch(i, flip), kept.batch(i, flip)) and torch.equal(lazy.batch(slice(2, 5)), kept.batch(slice(2, 5)))
-    assert (lazy.read(i.numpy())[0] == kept.pixels[i.numpy()]).all() and (lazy.labels == kept.labels).all() and (lazy.size, lazy.classes) == (kept.size, kept.classes)
+    assert torch.equal(lazy.batch(i, flip), kept.batch(i, flip))
+    assert torch.equal(lazy.batch(slice(2, 5)), kept.batch(slice(2, 5)))
+    assert (lazy.read(i.numpy())[0] == kept.pixels[i.numpy()]).all()
+    assert (lazy.labels == kept.labels).all() and (lazy.size, lazy.classes) == (kept.size, kept.classes)
     some = lazy.subset([5, 9])
-    assert torch.equal(some.batch([1]), kept.batch([9])) and some.labels.tolist() == [0, 1] and some.fingerprint != lazy.fingerprint
+    assert torch.equal(some.batch([1]), kept.batch([9]))
+    assert some.labels.tolist() == [0, 1] and some.fingerprint != lazy.fingerprint
     assert lazy_folder(root, 16).fingerprint == lazy.fingerprint != lazy_folder(root, 8).fingerprint
 
 def test_on_demand_survives_corrupt_images(tmp_path):
@@ -107,7 +114,9 @@ def test_on_demand_survives_corrupt_images(tmp_path):
     for f in ("a/2.png", "b/1.png"): (root/f).write_bytes(b"no")
     lazy = lazy_folder(root, 16)
     (pixels, whole), w = quietly(lazy.read, range(6))
-    assert whole.tolist() == [True, True, False, True, False, True] and len(pixels) == 4 and len(w) == 2 and "2.png" in "".join(w)
+    assert whole.tolist() == [True, True, False, True, False, True] and len(pixels) == 4
+    assert len(w) == 2 and "2.png" in "".join(w)
+    assert [s.split()[0] for s in lazy.skipped] == ["2.png", "1.png"]
     x, w = quietly(lazy.batch, [2, 4])                       # In their place the next of the same class, in a ring
     assert torch.equal(x, lazy.batch([0, 5])) and w == [] and len(lazy.skipped) == 2
 
@@ -131,7 +140,10 @@ def test_batches_pass_on_an_error_of_the_thread_that_fetches():
 def test_batches_refuse_nothing_to_do():
     with pytest.raises(DataError, match="batches"): Batches(0, None)
 
-def test_embedded_pixels_are_cifar10(): assert embedded("test").batch([0]).sum().item() == pytest.approx((embedded("test").pixels[0]/127.5-1).sum(), rel=1e-4)
+def test_embedded_pixels_are_cifar10():
+    test = embedded("test")
+    assert test.batch([0]).sum().item() == pytest.approx((test.pixels[0]/127.5-1).sum(), rel=1e-4)
 
 def test_images_check_their_parts():
-    with pytest.raises(DataError, match="3 images but 2 labels"): Images(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(2), ["a"], "x")
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    with pytest.raises(DataError, match="3 images but 2 labels"): Images(pixels, np.zeros(2), ["a"], "x")

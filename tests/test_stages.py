@@ -45,7 +45,7 @@ def test_what_was_trained_is_not_trained_again(whole, out, stage, place, monkeyp
         if place == "before the record": m.setattr(Run, "record", stop)
         elif place == "after the record": m.setattr(Run, "record", after(record))
         elif place == "before the checkpoints go": at_finish(stop)
-        elif place == "when one of them has gone": at_finish(lambda c: (c._json(c.steps()[0]).unlink(), stop()))
+        elif place == "when one of them has gone": at_finish(lambda c: (c.files.json(c.steps()[0]).unlink(), stop()))
         else: m.setattr(stages, "plot_history", stop)
         run_stages(CONFIG, out, stage)
     capsys.readouterr()

@@ -7,9 +7,10 @@ __all__ = ['sections', 'parser', 'command', 'given_settings', 'process', 'end_wi
            'keep_freed_memory', 'user_errors']
 
 # %% ../../nbs/61_base.commands.ipynb #b5dc3f9c
-import ctypes, os, re, signal, sys, threading, time
+import ctypes, os, signal, sys, threading, time
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from contextlib import contextmanager, suppress
+from itertools import chain
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import Callable, Iterable, Iterator
@@ -19,27 +20,42 @@ from .errors import ConfigError, VavaeError
 
 # %% ../../nbs/61_base.commands.ipynb #8d25b48a
 def sections(
-    example:str,  # A line to copy, the last of the help
-    **begins:str, # Parameter → title of the group of options that begins with it
+    example:str,   # A line to copy, the last of the help
+    **titles:str,  # Parameter → title of the group of options that begins with it
 )->Callable:
     "Say how the `--help` of a function reads"
-    def keep(func): func.sections = example, begins; return func
-    return keep
+    def remember(func):
+        func.sections = example, titles
+        return func
+    return remember
 
 # %% ../../nbs/61_base.commands.ipynb #743e9a73
 class _Lines(HelpFormatter): # Of 100 columns at most; no name is broken at its hyphens
-    def __init__(self, prog): super().__init__(prog, max_help_position=28, width=min(100, get_terminal_size((100, 24)).columns))
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=min(100, get_terminal_size((100, 24)).columns))
     def _split_lines(self, text, width): return wrap(text, width, break_on_hyphens=False)
 
-def _readable(a): # An action of argparse
-    a.option_strings = [_dashed(s) for s in a.option_strings]
-    if a.nargs != 0 and not (a.choices and a.option_strings and a.nargs is None): a.metavar = {int: "N", float: "X"}.get(a.type, a.dest.split("_")[-1].upper())
-    plain = a.help.removesuffix(f" (default: {a.default})")
-    a.help = (plain if a.nargs == 0 or "(default: " in plain else a.help).replace("%", "%%")
-    return a
+def _dashed(arg): # The name of an option; neither numbers, such as -1, nor values, such as --set a_b=c
+    if not arg.startswith("--"): return arg
+    name, equals, value = arg[2:].partition("=")
+    return ("-" if len(name) == 1 else "--")+name.replace("_", "-")+equals+value
 
-def _dashed(arg): # An option: neither numbers, such as -1, nor values, such as --set a_b=c
-    return re.sub("^--(?=.(=|$))", "-", re.sub("^--[^=]+", lambda m: m[0].replace("_", "-"), arg))
+def _readable(option): # An action of argparse, in place
+    option.option_strings = [_dashed(s) for s in option.option_strings]
+    is_flag, is_positional = option.nargs == 0, not option.option_strings
+    shows_choices = option.choices and option.nargs is None and not is_positional
+    if not is_flag and not shows_choices:
+        option.metavar = {int: "N", float: "X"}.get(option.type, option.dest.split("_")[-1].upper())
+    said_by_fastcore = f" (default: {option.default})"
+    comment = option.help.removesuffix(said_by_fastcore)
+    if is_flag or "(default: " in comment: option.help = comment
+    option.help = option.help.replace("%", "%%")
+    return option
+
+def _usage(prog, options):
+    required = [o for o in options if o.required or not o.option_strings]
+    names = [" ".join([*o.option_strings, o.metavar or ""]).strip() for o in required]
+    return " ".join([prog, *names, "[options]" if any(o.option_strings for o in options) else ""]).strip()
 
 # %% ../../nbs/61_base.commands.ipynb #a707ef3b
 def parser(
@@ -47,16 +63,17 @@ def parser(
     prog:str|None=None, # What to call it (default: `python -m` its module)
 )->ArgumentParser:
     "fastcore's parser of a function, in groups: options with dashes, defaults said once, an example"
-    example, begins = getattr(func, "sections", ("", {}))
-    spec = func.__globals__.get("__spec__")
-    p = ArgumentParser(prog=prog or spec and f"python -m {spec.name}", description=func.__doc__, add_help=False, formatter_class=_Lines)
+    example, titles = getattr(func, "sections", ("", {}))
+    module = func.__globals__.get("__spec__")
+    if prog is None and module: prog = f"python -m {module.name}"
+    p = ArgumentParser(prog=prog, description=func.__doc__, add_help=False, formatter_class=_Lines)
     p.add_argument("-h", "--help", action="help", help=SUPPRESS)
-    group, actions = p, [_readable(a) for a in anno_parser(func)._actions if a.dest != "help" and a.help != SUPPRESS]
-    for a in actions:
-        if a.dest in begins: group = p.add_argument_group(begins[a.dest])
-        group._add_action(a)
-    needed = [" ".join(filter(None, [*a.option_strings, a.metavar])) for a in actions if a.required or not a.option_strings]
-    p.usage = " ".join([p.prog, *needed, *["[options]"]*any(a.option_strings for a in actions)])
+    options = [_readable(o) for o in anno_parser(func)._actions if o.dest != "help" and o.help != SUPPRESS]
+    p.usage = _usage(p.prog, options)
+    group = p
+    for option in options:
+        if option.dest in titles: group = p.add_argument_group(titles[option.dest])
+        group._add_action(option)
     if example: p.add_argument_group("example", example)
     return p
 
@@ -85,12 +102,14 @@ def _end_with_launcher(): # One that is killed by SIGKILL ends nobody
 # %% ../../nbs/61_base.commands.ipynb #2c77d6f4
 def given_settings(
     groups:Iterable[Iterable[str]]|None, # What `--set a=1 b=2 --set c=3` leaves: lists of `path=value`
-)->dict[str,str]:                        # Path → value, for `config.override`
+)->dict[str,str]:                        # Path → value, for `settings.override`
     "Settings from a command line"
-    pairs = [s.partition("=") for group in groups or () for s in group]
-    for path,is_set,_ in pairs:
+    settings = {}
+    for given in chain.from_iterable(groups or ()):
+        path, is_set, value = given.partition("=")
         if not is_set: raise ConfigError(f"--set takes path=value, such as vf.weight=0.5; got '{path}'")
-    return {path.strip(): value.strip() for path,_,value in pairs}
+        settings[path.strip()] = value.strip()
+    return settings
 
 # %% ../../nbs/61_base.commands.ipynb #2ed2cc06
 def process(
@@ -99,12 +118,17 @@ def process(
     device:str,          # `auto` is the CUDA device of this process, if there are several
 )->tuple[int,int,str]:
     "Which process of how many this is, and where it runs"
-    try: env = {k: int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(k)}
-    except ValueError as e: raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({e}); unset them, or give --rank and --world-size") from None
-    if device == "auto" and "LOCAL_RANK" in env:
+    names = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(k)]
+    try: launcher = {k: int(os.environ[k]) for k in names}
+    except ValueError as e:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({e}); unset them, or give --rank "
+                          "and --world-size") from None
+    if rank is None: rank = launcher.get("RANK", 0)
+    if world_size is None: world_size = launcher.get("WORLD_SIZE", 1)
+    if device == "auto" and "LOCAL_RANK" in launcher:
         import torch # Not before it is needed
-        if torch.cuda.is_available(): device = f"cuda:{env['LOCAL_RANK']}"
-    return env.get("RANK", 0) if rank is None else rank, env.get("WORLD_SIZE", 1) if world_size is None else world_size, device
+        if torch.cuda.is_available(): device = f"cuda:{launcher['LOCAL_RANK']}"
+    return rank, world_size, device
 
 # %% ../../nbs/61_base.commands.ipynb #db8bbc14
 def end_with_parent(
@@ -125,31 +149,36 @@ def end_with_parent(
 class OtherWork:
     "How many cores other processes keep busy while a block runs: `with OtherWork() as other: …; other.cores`"
     cores:float = 0. # On average
+
     def __enter__(self):
         self.start = self._now()
         return self
+
     def __exit__(self, *_):
-        wall, machine, own = (b-a for a,b in zip(self.start, self._now()))
+        wall, machine, own = (end-start for start,end in zip(self.start, self._now()))
         self.cores = max(0., machine-own)/wall
+
     def _now(self): # Seconds on the clock, of work on all cores, and of this process's own
         import psutil # Not before it is needed
         idle = ("idle", "iowait", "guest", "guest_nice") # What guests do is counted twice
         machine = sum(v for k,v in psutil.cpu_times()._asdict().items() if k not in idle)
         return time.perf_counter(), machine, time.process_time()
 
+_waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME") # Read by libraries of threads when torch is imported
+
 def choose_waiting(
     others:float|None=None, # Cores that other processes keep busy; default: as it is during a fifth of a second
 ):
     "Let waiting threads spin for a moment and then sleep, or sleep at once where other processes want the cores"
-    if any(k in os.environ for k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")): return
+    if any(k in os.environ for k in _waiting): return
     if others is None:
         with OtherWork() as other: time.sleep(.2)
         others = other.cores
     if others > max(.25, .05*(os.cpu_count() or 1)): os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else: os.environ["GOMP_SPINCOUNT"] = "30000" # Both are read by the library of threads when torch is imported
+    else: os.environ["GOMP_SPINCOUNT"] = "30000"
 
 # %% ../../nbs/61_base.commands.ipynb #8081c951
-def keep_freed_memory()->bool: # Was it done? Not without glibc, nor where the environment says how memory is to be taken
+def keep_freed_memory()->bool: # Was it done? Not without glibc, nor where the environment says how to take memory
     "Keep freed memory for the next tensors; mallopt(3): M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
     if any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ): return False
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -157,6 +186,11 @@ def keep_freed_memory()->bool: # Was it done? Not without glibc, nor where the e
     return bool(mallopt(-3, 2**25) and mallopt(-1, 2**31-1))
 
 # %% ../../nbs/61_base.commands.ipynb #32bdbe02
+def _reason(error): # Why a command ends
+    if isinstance(error, VavaeError): # fastai puts its callback's name in front
+        return str(error).split("calling event", 1)[-1].split("\n\t", 1)[-1]
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
 @contextmanager
 def user_errors(
     stopped:str, # What to say after Ctrl-C, or another signal that asks to end
@@ -165,12 +199,10 @@ def user_errors(
     if signal.getsignal(signal.SIGINT) is vavae_nb._end_quietly: # There is something to say now
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try: yield
-    except VavaeError as e:
-        sentence = str(e).split("calling event", 1)[-1].split("\n\t", 1)[-1] # fastai puts its callback's name in front
-        status, message = 2, f"error: {sentence}"
-    except OSError as e: status, message = 2, "error: "+(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except (VavaeError, OSError) as e: status, message = 2, f"error: {_reason(e)}"
     except KeyboardInterrupt as e:
-        status, message = 128+getattr(e, "signum", signal.SIGINT), f"stopped{f' by {e}' if str(e) else ''}; {stopped}"
+        by = f" by {e}" if str(e) else ""
+        status, message = 128+getattr(e, "signum", signal.SIGINT), f"stopped{by}; {stopped}"
     else: return
     with suppress(OSError): print(f"\n{message}", file=sys.stderr, flush=True) # The terminal may be gone
     sys.exit(status)

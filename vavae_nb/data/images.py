@@ -28,10 +28,13 @@ class Images:
             raise DataError(f"pixels must be (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
         if len(pixels) != len(labels): raise DataError(f"{len(pixels)} images but {len(labels)} labels")
         self.pixels,self.labels,self.classes = pixels,np.asarray(labels, np.int64),list(classes)
-        self.name,self.skipped,self.fingerprint = name,tuple(skipped),fingerprint or pixels_sha256(pixels, self.labels)
+        self.name,self.skipped = name,tuple(skipped)
+        self.fingerprint = fingerprint or pixels_sha256(pixels, self.labels)
 
     def __len__(self): return len(self.pixels)
-    def __repr__(self): return f"{type(self).__name__}({self.name}: {len(self)} of {self.size}×{self.size}, {len(self.classes)} classes)"
+    def __repr__(self):
+        size, classes = f"{len(self)} of {self.size}×{self.size}", f"{len(self.classes)} classes"
+        return f"{type(self).__name__}({self.name}: {size}, {classes})"
     @property
     def size(self)->int: return self.pixels.shape[1]
 
@@ -59,12 +62,14 @@ class Images:
 
 def _index(i): return i if isinstance(i, slice) else np.asarray(i)
 
+# %% ../../nbs/62_data.images.ipynb #c5b2341d
 def to_batch(
     pixels:np.ndarray,      # (b, H, W, 3) uint8
     flip:bool|Tensor=False, # Mirror all, or those of a (b,) mask, left to right
 )->Tensor:                  # (b, 3, H, W) float32 in [−1, 1]
     "What a network takes from what is stored"
-    x = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    if not pixels.flags.writeable: pixels = pixels.copy()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     if isinstance(flip, Tensor): return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
     return x.flip(-1) if flip else x
 
@@ -82,7 +87,8 @@ def embedded(
     split:str="train", # `train` (5,000 images) or `test` (1,000)
 )->Images:             # 32×32, ten classes
     "The embedded part of CIFAR-10; the pixels' SHA-256 is checked"
-    if split not in ("train", "test"): raise DataError(f"the embedded data has the splits train and test, not '{split}'")
+    if split not in ("train", "test"):
+        raise DataError(f"the embedded data has the splits train and test, not '{split}'")
     base = files("vavae_nb")/"embedded"/f"cifar10_embedded_{split}"
     meta = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
     labels = np.array(meta["labels"])
@@ -90,5 +96,5 @@ def embedded(
     rows, cols = sheet.shape[0]//32, sheet.shape[1]//32
     pixels = sheet.reshape(rows, 32, cols, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)[:len(labels)]
     if hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest() != meta["sha256_of_pixels"]:
-        raise DataError(f"{base.with_suffix('.webp').name} is damaged: its pixels' SHA-256 differs; install vavae_nb again")
+        raise DataError(f"{base.name}.webp is damaged: its pixels' SHA-256 differs; install vavae_nb again")
     return Images(pixels, labels, meta["classes"], f"CIFAR-10 embedded {split}")

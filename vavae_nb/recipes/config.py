@@ -25,8 +25,8 @@ class Foundation:
     name:str="efficientnet_lite0" # A timm model, `dinov2`, `mae`, `sam` or `clip`, or `none` for no VF loss
     weights:str=""                # A file, `random`, or empty: packaged copy, cache, hub
     normalize:str="model"         # `model`: the VFM's own mean and std; `none`: [−1, 1] as the published code feeds it
-    control:str=""                # Instead of an image's features, to see what they are good for: `shuffled` (another image's), `lowpass` (average colours)
-    cache:str="auto"              # Keep features on disk: `always`, `never` (computed in each step), or `auto` (up to 20 GB)
+    control:str=""                # To see what features are good for: `shuffled` (another image's), `lowpass` (colours)
+    cache:str="auto"              # Keep features on disk: `always`, `never` (in each step), or `auto` (up to 20 GB)
 
 @dataclass(frozen=True)
 class VF:
@@ -46,13 +46,13 @@ class Tokenizer:
     "The autoencoder: downsampling is 2^(len(ch_mult)−1)"
     latent_dim:int=32                        # Channels d of the latent
     ch:int=128                               # Base width
-    ch_mult:tuple[int,...]=(1, 1, 2, 2, 4)   # Width multipliers, one a resolution
-    num_res_blocks:int=2                     # Residual blocks a resolution (the decoder has one more)
+    ch_mult:tuple[int,...]=(1, 1, 2, 2, 4)   # Width multipliers, one per resolution
+    num_res_blocks:int=2                     # Residual blocks per resolution (the decoder has one more)
     attn_resolutions:tuple[int,...]=(16,)    # Feature-map sizes with attention
     norm_groups:int=32                       # Groups of GroupNorm
     start:str="torch"                        # Initialisation: torch's defaults as published, or `linear` for short runs
-    weights:str=""                           # A trained tokenizer to begin with: ours, a published .pt, a diffusers folder or hub name
-    normalize:str="channel"                  # Latents by each channel's mean and std; `global`: by one factor; or that factor, such as 0.18215
+    weights:str=""                           # To begin with: ours, a published .pt, a diffusers folder or hub name
+    normalize:str="channel"                  # Latents by `channel`, by one factor (`global`), or that factor: 0.18215
 
 @dataclass(frozen=True)
 class Phase:
@@ -68,8 +68,8 @@ class TokenizerTraining:
     "How the tokenizer is trained: L1 + LPIPS + KL + GAN + VF loss"
     steps:int=1000                        # Batches (of the first phase); 0: `tokenizer.weights` as they are
     phases:tuple[Phase,...]=()            # What follows, each `{steps: 100, vf_weight: 0.1, cos_margin: 0, …}`
-    batch_size:int=64                     # Images a step, of all processes together
-    accumulate:int=1                      # Parts that a process takes its images in, one after the other, to save memory
+    batch_size:int=64                     # Images per step, of all processes together
+    accumulate:int=1                      # Parts that a process takes its images in, one by one, to save memory
     grad_checkpointing:bool=False         # Compute activations again in the backward pass, to save memory
     precision:str=""                      # Of this training alone, as `precision`; empty: the run's
     lr:float=1e-4                         # Of both optimizers' Adam
@@ -91,7 +91,7 @@ class TokenizerTraining:
 class DiT:
     "LightningDiT; every trick of Table 1 is a switch"
     size:str="XL"         # `tiny`, `B`, `L`, `XL`, `1p0B`, `1p6B`
-    patch_size:int=1      # Latent positions a token, a side
+    patch_size:int=1      # Latent positions per token and side
     hidden_size:int=0     # Width; 0: the size's own
     depth:int=0           # Blocks; 0: the size's own
     num_heads:int=0       # Attention heads; 0: the size's own
@@ -106,8 +106,8 @@ class DiT:
 class DiTTraining:
     "How LightningDiT is trained on latents: rectified flow with a direction loss"
     steps:int=1000                      # Batches
-    batch_size:int=64                   # Latents a step, of all processes together
-    accumulate:int=1                    # Parts that a process takes its latents in, one after the other, to save memory
+    batch_size:int=64                   # Latents per step, of all processes together
+    accumulate:int=1                    # Parts that a process takes its latents in, one by one, to save memory
     grad_checkpointing:bool=False       # Compute activations again in the backward pass, to save memory
     lr:float=2e-4                       # Of AdamW; never scaled silently
     betas:tuple[float,float]=(.9, .95)  # Of AdamW
@@ -130,7 +130,7 @@ class Sampling:
     n:int=1000                                   # Images, balanced over the classes
     points:int=250                               # Time points; one more than the steps
     shift:float=.3                               # t ← s·t/(1+(s−1)·t); 1: none
-    solver:str="euler"                           # See `flow.sampler.solvers`; `ddpm` or `ddim` for a model of the DDPM objective
+    solver:str="euler"                           # Of `flow.sampler.solvers`; for a DDPM model `ddpm` or `ddim`
     cfg_scale:float=4.                           # Guidance: v_u + w·(v_c − v_u); 1: none
     cfg_interval:tuple[float,float]=(.1, 1.)     # Times at which guidance is on
     cfg_channels:int=0                           # Guide the first n channels; 0: all (the published code: 3)
@@ -138,12 +138,12 @@ class Sampling:
 @dataclass(frozen=True)
 class Evaluation:
     "What is measured"
-    extractors:tuple[str,...]=("efficientnet_lite0", "alexnet") # Networks of the Fréchet distances; the first one teaches the VF loss
+    extractors:tuple[str,...]=("efficientnet_lite0", "alexnet") # Of Fréchet distances; the first teaches the VF loss
     images:int=1000                              # Test images whose reconstruction is measured, at most
     reference:int=5000                           # Images of a reference of a Fréchet distance, at most
     tsne_points:int=2000                         # Latent vectors of the t-SNE picture and its uniformity
     batch_size:int=100                           # Images
-    dashboard_every:int=0                        # Steps between two looks at the latent space while the tokenizer trains; 0: none
+    dashboard_every:int=0                        # Steps between two looks at the latent space in training; 0: none
 
 @dataclass(frozen=True)
 class Saving:
@@ -154,14 +154,16 @@ class Saving:
     tensorboard:bool=False # Log to TensorBoard, too
     wandb:str=""           # Log to this project of Weights & Biases, too
 
+_as_published = {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler"}
+
+def _guided(scale, interval, channels):
+    return {"sampling.cfg_scale": scale, "sampling.cfg_interval": interval, "sampling.cfg_channels": channels}
+
 sampling_presets = {
-    "paper-800ep": {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 6.7,
-                    "sampling.cfg_interval": (.125, 1.), "sampling.cfg_channels": 3},
-    "paper-64ep":  {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 10.,
-                    "sampling.cfg_interval": (.1, 1.), "sampling.cfg_channels": 3},
-    "all-channels": {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 4.,
-                    "sampling.cfg_interval": (.1, 1.), "sampling.cfg_channels": 0},
-    "unguided":    {"sampling.points": 250, "sampling.shift": .3, "sampling.solver": "euler", "sampling.cfg_scale": 1., "sampling.cfg_channels": 0},
+    "paper-800ep": _as_published | _guided(6.7, (.125, 1.), 3),
+    "paper-64ep": _as_published | _guided(10., (.1, 1.), 3),
+    "all-channels": _as_published | _guided(4., (.1, 1.), 0),
+    "unguided": _as_published | {"sampling.cfg_scale": 1., "sampling.cfg_channels": 0},
 }
 
 # %% ../../nbs/65_recipes.config.ipynb #445581ca
@@ -191,8 +193,9 @@ def flat(
     prefix:str="",  # Path to it
 )->dict[str,Any]:   # Path → value
     "Every setting by its path"
-    out = {}
+    settings = {}
     for f in fields(cfg):
-        v = getattr(cfg, f.name)
-        out |= flat(v, f"{prefix}{f.name}.") if is_dataclass(v) else {prefix+f.name: v}
-    return out
+        value, path = getattr(cfg, f.name), prefix+f.name
+        if is_dataclass(value): settings |= flat(value, f"{path}.")
+        else: settings[path] = value
+    return settings

@@ -7,34 +7,41 @@ __all__ = ['recipes', 'Recipe', 'cifar10_form', 'cifar10_name', 'recipe', 'scale
 
 # %% ../../nbs/67_recipes.paper.ipynb #0c9c7293
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
+from ..base.errors import ConfigError, unknown_name
 from .config import Config
 from .settings import differences, override
-from ..base.errors import ConfigError, unknown_name
 
 # %% ../../nbs/67_recipes.paper.ipynb #0ea7656e
 @dataclass(frozen=True)
 class Recipe:
     "A configuration by name"
-    about:str                 # What it is
+    about:str                                          # What it is
     config:Config
-    source:str=""             # Where in the paper
+    source:str=""                                      # Where in the paper
     expect:dict[str,float]=field(default_factory=dict) # The figures that the paper reports for it
 
 # %% ../../nbs/67_recipes.paper.ipynb #8314f604
 _tiny = override(Config(), {
-    "tokenizer.ch": 32, "tokenizer.ch_mult": (1, 2, 2), "tokenizer.num_res_blocks": 1, "tokenizer.attn_resolutions": (), "tokenizer.norm_groups": 2,
-    "tokenizer.start": "linear", "vf.adaptive_every": 8,
-    "tokenizer_training.steps": 3000, "tokenizer_training.batch_size": 16, "tokenizer_training.lr": 2e-3, "tokenizer_training.betas": (.9, .99),
+    "tokenizer.ch": 32, "tokenizer.ch_mult": (1, 2, 2), "tokenizer.num_res_blocks": 1,
+    "tokenizer.attn_resolutions": (), "tokenizer.norm_groups": 2, "tokenizer.start": "linear",
+    "vf.adaptive_every": 8,
+    "tokenizer_training.steps": 3000, "tokenizer_training.batch_size": 16,
+    "tokenizer_training.lr": 2e-3, "tokenizer_training.betas": (.9, .99),
     "tokenizer_training.schedule": "cosine", "tokenizer_training.warmup": 20, "tokenizer_training.clip": 1.,
     "tokenizer_training.lpips_weight": .3, "tokenizer_training.lpips_slices": 2, "tokenizer_training.lpips_every": 4,
-    "tokenizer_training.disc_weight": .05, "tokenizer_training.disc_start": 2500, "tokenizer_training.disc_width": 32, "tokenizer_training.disc_layers": 1,
-    "dit.size": "tiny", "dit_training.steps": 2000, "dit_training.batch_size": 32, "dit_training.lr": 2e-3, "dit_training.schedule": "cosine",
-    "dit_training.warmup": 50, "dit_training.clip": 1., "dit_training.ema": .995,
-    "sampling.points": 30, "sampling.cfg_scale": 3., "sampling.cfg_interval": (.1, 1.), "saving.every": 250})
+    "tokenizer_training.disc_weight": .05, "tokenizer_training.disc_start": 2500,
+    "tokenizer_training.disc_width": 32, "tokenizer_training.disc_layers": 1,
+    "dit.size": "tiny",
+    "dit_training.steps": 2000, "dit_training.batch_size": 32, "dit_training.lr": 2e-3,
+    "dit_training.schedule": "cosine", "dit_training.warmup": 50, "dit_training.clip": 1., "dit_training.ema": .995,
+    "sampling.points": 30, "sampling.cfg_scale": 3., "sampling.cfg_interval": (.1, 1.),
+    "saving.every": 250})
 
 _smoke = override(_tiny, {
-    "tokenizer_training.steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.disc_start": 3, "tokenizer_training.warmup": 0,
+    "tokenizer_training.steps": 6, "tokenizer_training.batch_size": 16,
+    "tokenizer_training.disc_start": 3, "tokenizer_training.warmup": 0,
     "dit_training.steps": 6, "dit_training.batch_size": 16, "dit_training.warmup": 0,
     "sampling.n": 20, "sampling.points": 4, "data.limit": 200, "evaluation.tsne_points": 100})
 
@@ -42,131 +49,202 @@ _laptop = {"tiny": Recipe("the whole path on the embedded images, 10 to 20 minut
            "smoke": Recipe("the same path in seconds, to see that it runs; its numbers mean nothing", _smoke)}
 
 # %% ../../nbs/67_recipes.paper.ipynb #e16872cf
-def _epochs(n, batch=256): return round(n*1_281_167/batch) # Of ImageNet-1k's training images, in batches
+def _tokenizer_steps(epochs): return round(epochs*1_281_167/256) # ImageNet-1k's training images, in batches of 256
+def _dit_steps(epochs): return epochs*1250                       # In batches of 1024: 64 epochs are 80,000 steps
 
 _imagenet = override(Config(), {
     "data.source": "", "data.size": 256, "foundation.name": "dinov2", "foundation.normalize": "none",
-    "tokenizer_training.steps": _epochs(50), "tokenizer_training.batch_size": 256, "tokenizer_training.precision": "fp32",
-    "dit.size": "B", "dit_training.steps": 160*1250, "dit_training.batch_size": 1024, # 64 epochs are 80 000 steps
-    "sampling.n": 10_000, "evaluation.extractors": ("inception",), "evaluation.images": 50_000, "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000,
+    "tokenizer_training.steps": _tokenizer_steps(50), "tokenizer_training.batch_size": 256,
+    "tokenizer_training.precision": "fp32",
+    "dit.size": "B", "dit_training.steps": _dit_steps(160), "dit_training.batch_size": 1024,
+    "sampling.n": 10_000, "evaluation.extractors": ("inception",), "evaluation.images": 50_000,
+    "evaluation.reference": 50_000, "evaluation.tsne_points": 10_000,
     "saving.every": 5_000}) # LightningDiT-XL's checkpoint is 11 GB: the better part of a minute
 
-def _figures(keys, text): return {k: float(v) for k,v in zip(keys.split(), text.split()) if v != "-"}
+# %% ../../nbs/67_recipes.paper.ipynb #58f3d28e
+_reconstruction = ("rFID", "PSNR", "LPIPS", "SSIM")
 
-_table2 = { # rFID PSNR LPIPS SSIM, then gFID of LightningDiT-B, -L, -XL
-    ("f16d16", "none"): "0.49 26.10 0.132 0.72 16.24 9.49 8.28",   ("f16d16", "mae"): "0.51 26.01 0.137 0.71 16.86 10.93 9.19",
-    ("f16d16", "dinov2"): "0.55 25.29 0.147 0.69 15.79 10.02 8.71", ("f16d32", "none"): "0.26 28.59 0.089 0.80 22.62 12.86 10.92",
-    ("f16d32", "mae"): "0.28 28.33 0.091 0.80 19.89 11.51 9.92",   ("f16d32", "dinov2"): "0.28 27.96 0.096 0.79 15.82 9.82 8.22",
-    ("f16d64", "none"): "0.17 31.03 0.055 0.88 36.83 20.73 17.24", ("f16d64", "mae"): "0.15 31.03 0.054 0.87 23.58 14.40 11.69",
-    ("f16d64", "dinov2"): "0.14 30.71 0.055 0.87 24.00 14.95 11.98"}
-_more_vfms = {"sam": "0.26 28.31 0.091 0.80 19.80", "clip": "0.33 28.39 0.091 0.80 18.93"}
-_without = {"nomcos": ("the cosine term", {"vf.cos_weight": 0.}, "0.27 28.52 0.090 0.80 21.87"),
-            "nomdms": ("the distance-matrix term", {"vf.distmat_weight": 0.}, "0.27 28.24 0.090 0.80 17.74"),
-            "nomargin": ("both margins", {"vf.cos_margin": 0., "vf.distmat_margin": 0.}, "0.27 28.07 0.093 0.79 17.77")}
+_table2 = [ # Tokenizer, foundation model, figures of reconstruction, gFID of LightningDiT-B, -L and -XL
+    ("f16d16", "none",   (0.49, 26.10, 0.132, 0.72), (16.24,  9.49,  8.28)),
+    ("f16d16", "mae",    (0.51, 26.01, 0.137, 0.71), (16.86, 10.93,  9.19)),
+    ("f16d16", "dinov2", (0.55, 25.29, 0.147, 0.69), (15.79, 10.02,  8.71)),
+    ("f16d32", "none",   (0.26, 28.59, 0.089, 0.80), (22.62, 12.86, 10.92)),
+    ("f16d32", "mae",    (0.28, 28.33, 0.091, 0.80), (19.89, 11.51,  9.92)),
+    ("f16d32", "dinov2", (0.28, 27.96, 0.096, 0.79), (15.82,  9.82,  8.22)),
+    ("f16d64", "none",   (0.17, 31.03, 0.055, 0.88), (36.83, 20.73, 17.24)),
+    ("f16d64", "mae",    (0.15, 31.03, 0.054, 0.87), (23.58, 14.40, 11.69)),
+    ("f16d64", "dinov2", (0.14, 30.71, 0.055, 0.87), (24.00, 14.95, 11.98))]
 
-def _tokenizers():
-    keys, out = "rFID PSNR LPIPS SSIM gFID", {}
-    for (spec,vfm),text in _table2.items():
-        cfg = override(_imagenet, {"tokenizer.latent_dim": int(spec[4:]), "foundation.name": vfm})
-        rec, gfid, vf = text.split()[:4], text.split()[4:], "no VF loss" if vfm == "none" else f"VF loss with {vfm}"
-        fig4 = {"f16d32": ", Fig. 4a", "f16d64": ", Fig. 4b"}.get(spec, "") if vfm != "mae" else ""
-        for size,g in zip(("B", "L", "XL"), gfid):
-            where = f"Table 2{fig4}" if size == "B" else "Table 2, Fig. 4c" if spec == "f16d32" and vfm != "mae" else "Table 2"
-            out[f"{spec}-{vfm}-{size.lower()}"] = Recipe(f"{spec} tokenizer, {vf}; LightningDiT-{size}, 160 epochs", override(cfg, {"dit.size": size}), where, _figures(keys, " ".join([*rec, g])))
-        if spec == "f16d32" and vfm != "mae":
-            for size in ("1p0B", "1p6B"): out[f"{spec}-{vfm}-{size.lower()}"] = Recipe(f"{spec} tokenizer, {vf}; LightningDiT-{size}, 160 epochs",
-                                                                                       override(cfg, {"dit.size": size}), "Fig. 4c", _figures(keys, " ".join(rec)))
-    for vfm,text in _more_vfms.items():
-        out[f"f16d32-{vfm}-b"] = Recipe(f"f16d32 tokenizer, VF loss with {vfm}; LightningDiT-B, 160 epochs", override(_imagenet, {"foundation.name": vfm}), "Table 4", _figures(keys, text))
-    for name,(what,change,text) in _without.items():
-        out[f"f16d32-dinov2-{name}-b"] = Recipe(f"f16d32 tokenizer, VF loss without {what}; LightningDiT-B, 160 epochs", override(_imagenet, change), "Table 5", _figures(keys, text))
-    return out
+_figure4 = { # Its panels, which have curves without VF loss and with DINOv2
+    ("f16d32", "B"): "Fig. 4a", ("f16d64", "B"): "Fig. 4b",
+    ("f16d32", "L"): "Fig. 4c", ("f16d32", "XL"): "Fig. 4c",
+    ("f16d32", "1p0B"): "Fig. 4c", ("f16d32", "1p6B"): "Fig. 4c"}
+
+_table4 = [ # Foundation model, figures of reconstruction, gFID of LightningDiT-B; all of f16d32
+    ("sam",  (0.26, 28.31, 0.091, 0.80), 19.80),
+    ("clip", (0.33, 28.39, 0.091, 0.80), 18.93)]
+
+_table5 = [ # Name, what is left out of the VF loss, by which settings; figures as above, with DINOv2
+    ("nomcos",   "the cosine term",          {"vf.cos_weight": 0.},     (0.27, 28.52, 0.090, 0.80), 21.87),
+    ("nomdms",   "the distance-matrix term", {"vf.distmat_weight": 0.}, (0.27, 28.24, 0.090, 0.80), 17.74),
+    ("nomargin", "both margins", {"vf.cos_margin": 0., "vf.distmat_margin": 0.}, (0.27, 28.07, 0.093, 0.79), 17.77)]
+
+# %% ../../nbs/67_recipes.paper.ipynb #27a0adcc
+def _name(*words): return "-".join(words).lower()
+def _vf_loss(vfm): return "no VF loss" if vfm == "none" else f"VF loss with {vfm}"
+
+def _ablation(tokenizer, size, config, source, reconstruction, gfid=None): # Of a tokenizer of 50 epochs
+    about = f"{tokenizer}; LightningDiT-{size}, 160 epochs"
+    expect = dict(zip(_reconstruction, reconstruction))
+    if gfid is not None: expect["gFID"] = gfid
+    return Recipe(about, override(config, {"dit.size": size}), source, expect)
+
+def _table2_recipes(): # And Figure 4's
+    recipes = {}
+    for spec,vfm,reconstruction,gfids in _table2:
+        tokenizer = f"{spec} tokenizer, {_vf_loss(vfm)}"
+        config = override(_imagenet, {"tokenizer.latent_dim": int(spec[4:]), "foundation.name": vfm})
+        panels = {size: panel for (s, size),panel in _figure4.items() if s == spec and vfm != "mae"}
+        gfid = dict(zip(("B", "L", "XL"), gfids))
+        for size in ("B", "L", "XL", "1p0B", "1p6B"):
+            places = ["Table 2"] if size in gfid else []
+            if size in panels: places.append(panels[size])
+            if not places: continue
+            row = _ablation(tokenizer, size, config, ", ".join(places), reconstruction, gfid.get(size))
+            recipes[_name(spec, vfm, size)] = row
+    return recipes
+
+def _table4_recipes():
+    recipes = {}
+    for vfm,reconstruction,gfid in _table4:
+        config = override(_imagenet, {"foundation.name": vfm})
+        row = _ablation(f"f16d32 tokenizer, {_vf_loss(vfm)}", "B", config, "Table 4", reconstruction, gfid)
+        recipes[_name("f16d32", vfm, "B")] = row
+    return recipes
+
+def _table5_recipes():
+    recipes = {}
+    for name,part,change,reconstruction,gfid in _table5:
+        tokenizer = f"f16d32 tokenizer, VF loss without {part}"
+        row = _ablation(tokenizer, "B", override(_imagenet, change), "Table 5", reconstruction, gfid)
+        recipes[_name("f16d32", "dinov2", name, "B")] = row
+    return recipes
 
 # %% ../../nbs/67_recipes.paper.ipynb #a1da6d43
 _vavae = override(_imagenet, {
-    "vf.weight": .5, "vf.cos_margin": 0., "vf.distmat_margin": 0., "tokenizer_training.steps": _epochs(100),
-    "tokenizer_training.phases": [dict(steps=_epochs(15), vf_weight=.1, cos_margin=0., distmat_margin=0.), dict(steps=_epochs(15))],
+    "vf.weight": .5, "vf.cos_margin": 0., "vf.distmat_margin": 0., "tokenizer_training.steps": _tokenizer_steps(100),
+    "tokenizer_training.phases": [
+        dict(steps=_tokenizer_steps(15), vf_weight=.1, cos_margin=0., distmat_margin=0.),
+        dict(steps=_tokenizer_steps(15), vf_weight=.1, cos_margin=.5, distmat_margin=.25)],
     "sampling.n": 50_000, "sampling.cfg_scale": 10., "sampling.cfg_channels": 3})
 
-_table3 = {("XL", 64): "5.14 4.22 130.2 0.76 0.62 2.11", ("XL", 800): "2.17 4.36 205.6 0.77 0.65 1.35"}
+_table3 = { # Size and epochs: without guidance, and gFID with it
+    ("XL", 64): dict(gFID=5.14, sFID=4.22, IS=130.2, precision=0.76, recall=0.62, guided_gFID=2.11),
+    ("XL", 800): dict(gFID=2.17, sFID=4.36, IS=205.6, precision=0.77, recall=0.65, guided_gFID=1.35)}
 
-def _lightningdit():
-    out = {}
-    for size in ("B", "L", "XL", "1p0B", "1p6B"):
-        for epochs in (64, 80, 160, 800):
-            change = {"dit.size": size, "dit_training.steps": epochs*1250}
-            if epochs == 800: change |= {"dit_training.uniform_from": 400*1250, "sampling.cfg_scale": 6.7, "sampling.cfg_interval": (.125, 1.)}
-            expect = _figures("gFID sFID IS precision recall guided_gFID", _table3.get((size, epochs), "")) | ({"gFID": 4.29} if (size, epochs) == ("XL", 80) else {})
-            where = "Table 3" if (size, epochs) in _table3 else "Table 1, row 10" if expect else ""
-            out[f"lightningdit-{size.lower()}-{epochs}ep"] = Recipe(f"released three-stage VA-VAE; LightningDiT-{size}, {epochs} epochs" + (", times uniform from epoch 400 (our reading of midway)" if epochs == 800 else ""), override(_vavae, change), where, expect)
-    return out
+def _released_recipe(size, epochs):
+    about = f"released three-stage VA-VAE; LightningDiT-{size}, {epochs} epochs"
+    change = {"dit.size": size, "dit_training.steps": _dit_steps(epochs)}
+    if epochs == 800:
+        about += ", times uniform from epoch 400 (our reading of midway)"
+        change |= {"dit_training.uniform_from": _dit_steps(400),
+                   "sampling.cfg_scale": 6.7, "sampling.cfg_interval": (.125, 1.)}
+    source, expect = "", {}
+    if (size, epochs) in _table3: source, expect = "Table 3", _table3[size, epochs]
+    if (size, epochs) == ("XL", 80): source, expect = "Table 1, row 10", {"gFID": 4.29}
+    return Recipe(about, override(_vavae, change), source, expect)
+
+def _released_recipes():
+    runs = product(("B", "L", "XL", "1p0B", "1p6B"), (64, 80, 160, 800))
+    return {_name("lightningdit", size, f"{epochs}ep"): _released_recipe(size, epochs) for size,epochs in runs}
 
 # %% ../../nbs/67_recipes.paper.ipynb #73060eaf
 _dit_xl2 = override(_imagenet, {
-    "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 4, 4), "tokenizer.attn_resolutions": (), "tokenizer.normalize": "0.18215",
-    "tokenizer.weights": "stabilityai/sd-vae-ft-ema", "tokenizer_training.steps": 0, "foundation.name": "none",
-    "dit.size": "XL", "dit.patch_size": 2, "dit.swiglu": False, "dit.rmsnorm": False, "dit.rope": False, "dit.learn_sigma": True,
-    "dit_training.path": "ddpm", "dit_training.times": "uniform", "dit_training.direction_weight": 0., "dit_training.steps": 400_000,
-    "dit_training.batch_size": 256, "dit_training.lr": 1e-4, "dit_training.betas": (.9, .999),
+    "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 4, 4), "tokenizer.attn_resolutions": (),
+    "tokenizer.normalize": "0.18215", "tokenizer.weights": "stabilityai/sd-vae-ft-ema",
+    "tokenizer_training.steps": 0, "foundation.name": "none",
+    "dit.size": "XL", "dit.patch_size": 2, "dit.swiglu": False, "dit.rmsnorm": False, "dit.rope": False,
+    "dit.learn_sigma": True,
+    "dit_training.path": "ddpm", "dit_training.times": "uniform", "dit_training.direction_weight": 0.,
+    "dit_training.steps": 400_000, "dit_training.batch_size": 256,
+    "dit_training.lr": 1e-4, "dit_training.betas": (.9, .999),
     "sampling.n": 50_000, "sampling.solver": "ddpm", "sampling.cfg_interval": (0., 1.), "sampling.cfg_channels": 3})
 
-_table1 = [("01-dit", "the original DiT-XL/2: DDPM with learned sigma, 400k steps of 256", {}, 19.50),
-           ("02-rectified-flow", "+ rectified flow", {"dit_training.path": "linear", "dit.learn_sigma": False, "sampling.solver": "euler"}, 17.20),
-           ("03-batch", "+ batch ×4, lr ×2, 100k steps", {"dit_training.batch_size": 1024, "dit_training.lr": 2e-4, "dit_training.steps": 100_000}, 16.59),
-           ("04-beta2", "+ AdamW β2 0.95", {"dit_training.betas": (.9, .95)}, 16.61),
-           ("05-logit-normal", "+ logit-normal times", {"dit_training.times": "logit-normal"}, 13.99),
-           ("06-direction", "+ velocity direction loss", {"dit_training.direction_weight": 1.}, 12.52),
-           ("07-swiglu", "+ SwiGLU", {"dit.swiglu": True}, 10.10),
-           ("08-rmsnorm", "+ RMSNorm", {"dit.rmsnorm": True}, 9.25),
-           ("09-rope", "+ RoPE", {"dit.rope": True}, 7.13),
-           ("10-vavae", "+ patch 1 and VA-VAE", {"dit.patch_size": 1}, 4.29)]
+_table1 = [ # Name, what is changed, gFID, by which settings
+    ("01-dit", "the original DiT-XL/2: DDPM with learned sigma, 400k steps of 256", 19.50, {}),
+    ("02-rectified-flow", "+ rectified flow", 17.20,
+        {"dit_training.path": "linear", "dit.learn_sigma": False, "sampling.solver": "euler"}),
+    ("03-batch", "+ batch ×4, lr ×2, 100k steps", 16.59,
+        {"dit_training.batch_size": 1024, "dit_training.lr": 2e-4, "dit_training.steps": 100_000}),
+    ("04-beta2", "+ AdamW β2 0.95", 16.61, {"dit_training.betas": (.9, .95)}),
+    ("05-logit-normal", "+ logit-normal times", 13.99, {"dit_training.times": "logit-normal"}),
+    ("06-direction", "+ velocity direction loss", 12.52, {"dit_training.direction_weight": 1.}),
+    ("07-swiglu", "+ SwiGLU", 10.10, {"dit.swiglu": True}),
+    ("08-rmsnorm", "+ RMSNorm", 9.25, {"dit.rmsnorm": True}),
+    ("09-rope", "+ RoPE", 7.13, {"dit.rope": True}),
+    ("10-vavae", "+ patch 1 and VA-VAE", 4.29, {"dit.patch_size": 1})]
 
-def _table1_rows():
-    cfg, out = _dit_xl2, {}
-    for i,(name,what,change,gfid) in enumerate(_table1):
+def _changes(base, cfg, sections): # Of these sections, such as "dit.", what differs from `base`
+    return {path: value for path,(_, value) in differences(base, cfg).items() if path.startswith(sections)}
+
+def _table1_recipes():
+    cfg, recipes = _dit_xl2, {}
+    for row,(name,about,gfid,change) in enumerate(_table1, 1):
         cfg = override(cfg, change)
-        if i == 9: cfg = override(_vavae, _settings(_vavae, cfg, ("dit.", "dit_training.")))
-        out[f"table1-{name}"] = Recipe(what, cfg, f"Table 1, row {i+1}", {"gFID": gfid})
-    return out
-
-def _settings(base, cfg, sections): return {k: v[1] for k,v in differences(base, cfg).items() if k.startswith(sections)} # What cfg changes in them
+        if name == "10-vavae": cfg = override(_vavae, _changes(_vavae, cfg, ("dit.", "dit_training.")))
+        recipes[_name("table1", name)] = Recipe(about, cfg, f"Table 1, row {row}", {"gFID": gfid})
+    return recipes
 
 # %% ../../nbs/67_recipes.paper.ipynb #1665cdd8
+def _small_tokenizer(cfg):
+    published, training = cfg.tokenizer, cfg.tokenizer_training
+    is_sd_vae = published.normalize != "channel"
+    first_phase = training.steps or _tokenizer_steps(50) # As long as `tiny`'s 3000
+    phases = [replace(p, steps=round(3000*p.steps/first_phase)) for p in training.phases]
+    return {"foundation.name": "efficientnet_lite0" if cfg.foundation.name == "dinov2" else cfg.foundation.name,
+            "tokenizer.latent_dim": 4 if is_sd_vae else published.latent_dim//2,
+            "tokenizer.ch_mult": (1, 2, 2)[:len(published.ch_mult)-2],
+            "tokenizer.normalize": "global" if is_sd_vae else "channel",
+            "tokenizer_training.phases": phases}
+
+def _small_dit(cfg):
+    published = cfg.dit_training
+    return {"dit.size": f"{cfg.dit.size}-mini",
+            "dit_training.steps": published.steps//40, "dit_training.uniform_from": published.uniform_from//40,
+            "dit_training.batch_size": published.batch_size//32, "dit_training.lr": 5*published.lr,
+            "dit_training.ema": round(1-40*(1-published.ema), 6), "dit_training.schedule": "constant",
+            "sampling.points": 50, "sampling.solver": cfg.sampling.solver}
+
 def cifar10_form(
     cfg:Config, # A recipe for 256×256 images
 )->Config:      # The same comparison on 32×32 images
     "A published recipe with its scale taken away and what it is about kept; ours"
-    t, d, f = cfg.tokenizer, cfg.dit_training, 2**(len(cfg.tokenizer.ch_mult)-1)
-    sd, first = t.normalize != "channel", cfg.tokenizer_training.steps or _epochs(50)
-    small = lambda steps: round(3000*steps/first)
-    kept = {k: v for k,v in _settings(_tiny, cfg, ("vf.", "dit.", "dit_training.")).items() if k not in ("vf.adaptive_every", "dit_training.clip", "dit_training.warmup")}
-    return override(_tiny, kept | {
-        "foundation.name": {"dinov2": "efficientnet_lite0"}.get(cfg.foundation.name, cfg.foundation.name),
-        "tokenizer.latent_dim": 4 if sd else t.latent_dim//2, "tokenizer.ch_mult": (1, 2, 2)[:f.bit_length()-2], "tokenizer.normalize": "global" if sd else "channel",
-        "tokenizer_training.phases": [dict(vars(p), steps=small(p.steps)) for p in cfg.tokenizer_training.phases],
-        "dit.size": f"{cfg.dit.size}-mini", "dit_training.schedule": "constant",
-        "dit_training.steps": d.steps//40, "dit_training.uniform_from": d.uniform_from//40, "dit_training.batch_size": d.batch_size//32,
-        "dit_training.lr": 5*d.lr, "dit_training.ema": round(1-40*(1-d.ema), 6), "sampling.points": 50, "sampling.solver": cfg.sampling.solver})
+    kept = _changes(_tiny, cfg, ("vf.", "dit.", "dit_training."))
+    for path in ("vf.adaptive_every", "dit_training.clip", "dit_training.warmup"): kept.pop(path, None)
+    return override(_tiny, kept | _small_tokenizer(cfg) | _small_dit(cfg))
 
-def _in_small(name, r):
-    c = cifar10_form(r.config)
-    vf = "no VF loss" if c.foundation.name == "none" else f"VF loss with {c.foundation.name}"
-    about = f"imagenet256-{name} in small: f{2**(len(c.tokenizer.ch_mult)-1)}d{c.tokenizer.latent_dim} tokenizer, {vf}; {c.dit.size}/{c.dit.patch_size}, {c.dit_training.steps:,} steps of {c.dit_training.batch_size}"
-    return Recipe(about, c, r.source)
+def _in_small(name, published):
+    cfg = cifar10_form(published.config)
+    tokenizer = f"f{2**(len(cfg.tokenizer.ch_mult)-1)}d{cfg.tokenizer.latent_dim} tokenizer"
+    model = f"{cfg.dit.size}/{cfg.dit.patch_size}"
+    length = f"{cfg.dit_training.steps:,} steps of {cfg.dit_training.batch_size}"
+    about = f"imagenet256-{name} in small: {tokenizer}, {_vf_loss(cfg.foundation.name)}; {model}, {length}"
+    return Recipe(about, cfg, published.source)
 
 def cifar10_name(
     name:str, # Of a recipe for 256×256 images, without its prefix: `f16d32-dinov2-b`
 )->str:       # `f4d16-lite0-b`
     "What the recipe is called in small: what a name says must be true"
-    for d in (16, 32, 64): name = name.replace(f"f16d{d}", f"f4d{d//2}_")
-    return name.replace("_", "").replace("dinov2", "lite0")
+    for d in (16, 32, 64): name = name.replace(f"f16d{d}", f"f4d{d//2}")
+    return name.replace("dinov2", "lite0")
 
 # %% ../../nbs/67_recipes.paper.ipynb #dc7bd43f
-_published = _tokenizers() | _lightningdit() | _table1_rows()
+_published = _table2_recipes() | _table4_recipes() | _table5_recipes() | _released_recipes() | _table1_recipes()
+_at_256 = {f"imagenet256-{name}": r for name,r in _published.items()}
+_at_32 = {f"cifar10-{cifar10_name(name)}": _in_small(name, r) for name,r in _published.items()}
 
-recipes = {name: Recipe(r.about, override(r.config, {"recipe": name}), r.source, r.expect) for name,r in (
-    _laptop | {f"imagenet256-{k}": r for k,r in _published.items()}
-    | {f"cifar10-{cifar10_name(k)}": _in_small(k, r) for k,r in _published.items()}).items()}
+def _with_name(name, r): return replace(r, config=override(r.config, {"recipe": name}))
+recipes = {name: _with_name(name, r) for name,r in (_laptop | _at_256 | _at_32).items()}
 
 def recipe(
     name:str, # A recipe's name
@@ -182,19 +260,27 @@ def scaled_steps(
     dit:float,       # Factor of LightningDiT's
 )->dict[str,Any]:    # Setting → value, for `override`
     "A run of another length in which everything keeps its place"
-    t, d = cfg.tokenizer_training, cfg.dit_training
-    steps = dict(tokenizer=max(1, round(tokenizer*t.steps)), dit=max(1, round(dit*d.steps)))
-    out = {"dit_training.steps": steps["dit"], "dit_training.warmup": min(d.warmup, steps["dit"]//10), "dit_training.uniform_from": round(dit*d.uniform_from)}
-    if t.steps: out |= {"tokenizer_training.steps": steps["tokenizer"], "tokenizer_training.disc_start": round(tokenizer*t.disc_start), "tokenizer_training.warmup": min(t.warmup, steps["tokenizer"]//10),
-                        "tokenizer_training.phases": [replace(p, steps=max(1, round(tokenizer*p.steps)), disc_start=round(tokenizer*p.disc_start)) for p in t.phases]}
-    return out
+    d = cfg.dit_training
+    steps = max(1, round(dit*d.steps))
+    changes = {"dit_training.steps": steps, "dit_training.warmup": min(d.warmup, steps//10),
+               "dit_training.uniform_from": round(dit*d.uniform_from)}
+    if cfg.tokenizer_training.steps: changes |= _scaled_tokenizer_steps(cfg.tokenizer_training, tokenizer)
+    return changes
+
+def _scaled_tokenizer_steps(training, factor):
+    steps = max(1, round(factor*training.steps))
+    phases = [replace(p, steps=max(1, round(factor*p.steps)), disc_start=round(factor*p.disc_start))
+              for p in training.phases]
+    return {"tokenizer_training.steps": steps, "tokenizer_training.disc_start": round(factor*training.disc_start),
+            "tokenizer_training.warmup": min(training.warmup, steps//10), "tokenizer_training.phases": phases}
 
 # %% ../../nbs/67_recipes.paper.ipynb #69f1a1a2
+def _safe(text): return "".join(c if c.isalnum() or c in "=.-_" else "_" for c in text)
+
 def run_name(
     cfg:Config, # A configuration
 )->str:         # Usable as a folder's name
     "The recipe's name and what was changed in it"
     changed = differences(recipe(cfg.recipe), cfg)
-    words = [f"{k.split('.')[-1]}={v[1]}" for k,v in changed.items() if k not in ("device",)]
-    safe = lambda s: "".join(c if c.isalnum() or c in "=.-_" else "_" for c in s)
-    return "-".join([cfg.recipe]+[safe(w)[-40:] for w in words])
+    words = [f"{path.split('.')[-1]}={value}" for path,(_, value) in changed.items() if path != "device"]
+    return "-".join([cfg.recipe, *(_safe(word)[-40:] for word in words)])
