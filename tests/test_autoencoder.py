@@ -95,7 +95,7 @@ def test_bad_statistics_change_nothing(full):
     ok = torch.ones(4)
     for mean, std, how, error in ((ok*float("inf"), ok, {}, DataError), (ok, -ok, {}, DataError), (ok, torch.ones(1, 4), {}, ShapeError), (ok, ok, dict(n=ok), ConfigError)):
         with pytest.raises(error): full.set_latent_stats(mean, std, how)
-    assert full.latent_mean.flatten().tolist() == [0, 1, 2, 3] and full.latent_how == dict(n=10, flips=[True, False])
+    assert full.latent_mean.flatten().tolist() == [0, 1, 2, 3] and full.latent_stats_source == dict(n=10, flips=[True, False])
 
 def test_decode_is_clamped_and_raw_is_not(full):
     z = 1e3*torch.randn(1, 4, 8, 8, generator=generator(0, "z"))
@@ -110,7 +110,7 @@ def test_load_draws_no_random_numbers(full, tmp_path):
     full.save(tmp_path/"t.safetensors")
     state = torch.get_rng_state()
     again = Autoencoder.load(tmp_path/"t.safetensors")
-    assert (torch.get_rng_state() == state).all() and again.latent_how == full.latent_how
+    assert (torch.get_rng_state() == state).all() and again.latent_stats_source == full.latent_stats_source
     check(again.latent_std, full.latent_std, 0)
 
 def test_save_without_statistics(net, tmp_path):

@@ -51,7 +51,7 @@ def test_shards_of_a_folder_with_a_corrupt_image(work, capsys):
     sizes = [len(open_shard(p)[0]["labels"]) for p in shard_files(work/"z")]
     assert sizes == [9]+[10]*8 and open_shard(shard_files(work/"z")[0])[1]["skipped"] == [3]
     tok = Autoencoder.load(work/"tok.safetensors")
-    assert load_tensors(work/"tok.safetensors")[1]["meta"] == {"steps": 7} and tok.latent_how["n"] == 89
+    assert load_tensors(work/"tok.safetensors")[1]["meta"] == {"steps": 7} and tok.latent_stats_source["n"] == 89
     latents = load_latents(work/"z", tok)
     assert np.bincount(latents.labels).tolist() == [29, 30, 30]
     lazy = data.lazy_folder(work/"pets", 32) # Aligned: the image at 4 is the latent at 3
@@ -68,13 +68,13 @@ def test_each_image_is_decoded_once_for_both_flips(work, monkeypatch):
 def test_statistics_are_kept_unless_asked_for(work, capsys):
     extract(stats_n=20, seed=5)
     first = Autoencoder.load("tok.safetensors")
-    assert first.latent_how["n"] == 20 and first.latent_how["seed"] == 5
+    assert first.latent_stats_source["n"] == 20 and first.latent_stats_source["seed"] == 5
     before = (work/"tok.safetensors").read_bytes()
     extract(out="again", seed=5); extract(out="again", seed=5, stats_only=True)
     assert (work/"tok.safetensors").read_bytes() == before and (work/"again/latents_stats.pt").read_bytes() == (work/"z/latents_stats.pt").read_bytes()
     load_latents(work/"again", first)
     extract(out="again", seed=5, stats_n=0, stats_only=True, new_stats=True)
-    assert Autoencoder.load("tok.safetensors").latent_how["n"] == 90
+    assert Autoencoder.load("tok.safetensors").latent_stats_source["n"] == 90
 
 def test_a_published_checkpoint_gets_a_tokenizer_file_beside_the_shards(work):
     tok = Autoencoder(latent_dim=4, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=32)
@@ -82,7 +82,7 @@ def test_a_published_checkpoint_gets_a_tokenizer_file_beside_the_shards(work):
     kw = dict(tokenizer="vavae.pt", size=32)
     extract(**kw)
     beside = Autoencoder.load("z/tokenizer.safetensors")
-    assert beside.latent_how["n"] == 90 and all(torch.equal(a, b) for a,b in zip(beside.state_dict().values(), tok.state_dict().values()))
+    assert beside.latent_stats_source["n"] == 90 and all(torch.equal(a, b) for a,b in zip(beside.state_dict().values(), tok.state_dict().values()))
     load_latents(work/"z", beside)
     save_latent_stats("given.pt", torch.full((1, 4, 1, 1), .5), torch.full((1, 4, 1, 1), 2.))
     extract(**kw, out="y", latent_stats="given.pt")
