@@ -47,7 +47,8 @@ def published(pred, x, f):
     nll = ((x-rec).abs()+lpips(x, rec)).sum()/len(x)
     g, v = generator_loss(disc(rec)), vf(z, f)[0]
     d_scale = .5*adaptive_weight(nll, g, tok.decoder_last, 1e4)
-    return nll+1e-6*posterior.kl().mean()+d_scale*g+vf.scale(nll, v, tok.encoder_last)*v
+    vf_scale = vf.vf_weight*adaptive_weight(nll, v, tok.encoder_last, 1e8)
+    return nll+1e-6*posterior.kl().mean()+d_scale*g+vf_scale*v
 
 def step(loss, features):
     tok.zero_grad()

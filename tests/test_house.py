@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT/"tools"))
 from rooms import imports, numbers, source
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
-PURE = ["processes", "checkpoints", "tokenizer.adversarial", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
+PURE = ["processes", "checkpoints", "tokenizer.adversarial", "tokenizer.network", "tokenizer.autoencoder", "tokenizer.perceptual", "tokenizer.vf_loss", "dit.blocks", "dit.model", "flow.path", "flow.sampler",
         "flow.ddpm", "published", "generate", "metrics.features", "metrics.quality", "metrics.uniformity", "metrics.reference", "metrics.distribution", "metrics.latents", "evaluation", "latents"]
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
