@@ -32,7 +32,8 @@ def test_names_do_not_change_with_statistics(net):
 def test_golden_in_channels_last_and_float64():
     t, head = load_tensors(golden/"autoencoder.safetensors")
     c = json.loads(head["config"])
-    net = Autoencoder(c["embed_dim"], c["ch"], c["ch_mult"], c["num_res_blocks"], c["attn_resolutions"], c["resolution"])
+    settings = ("embed_dim", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution")
+    net = Autoencoder(*(c[k] for k in settings))
     load_into(net, {k[6:]: v for k,v in t.items() if k.startswith("state.")}, "golden")
     for m in (copy.deepcopy(net).to(memory_format=torch.channels_last), copy.deepcopy(net).double()):
         with torch.no_grad():
@@ -114,7 +115,8 @@ def test_decode_is_clamped_and_raw_is_not(full):
 
 def test_to_uint8_layout_and_bf16():
     x = torch.tensor([-1., 0., 1.]).view(1, 3, 1, 1).expand(2, 3, 4, 5)
-    for y in (to_uint8(x), to_uint8(x.bfloat16())): assert y.shape == (2, 4, 5, 3) and y[0,0,0].tolist() == [0, 128, 255]
+    for y in (to_uint8(x), to_uint8(x.bfloat16())):
+        assert y.shape == (2, 4, 5, 3) and y[0,0,0].tolist() == [0, 128, 255]
 
 def test_load_draws_no_random_numbers(full, tmp_path):
     full.save(tmp_path/"t.safetensors")

@@ -74,8 +74,8 @@ def test_a_shard_cut_short_in_the_middle_of_an_epoch_ends_it(shards, ahead):
         done.append(step)
         if step == 2: os.truncate(shards[1], 3000)
     size = len(copy)
-    told = f"{shards[1].name} has been cut short, to 3,000 of {size:,} bytes.*checkpoints are whole.*restore the file.*same training command"
-    with pytest.raises(DataError, match=told): epoch(data, after, ahead=ahead)
+    sentence = f"{shards[1].name} has been cut short, to 3,000 of {size:,} bytes.*restore the file.*same training command"
+    with pytest.raises(DataError, match=sentence): epoch(data, after, ahead=ahead)
     assert 3 <= len(done) < 9 # It ended there, and no other latents came in their place
     for _ in range(2):
         with pytest.raises(DataError, match="cut short"): data.batch([31, 0])

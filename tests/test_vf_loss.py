@@ -1,4 +1,4 @@
-"What the cells of 14_tokenizer.vf_loss cannot guard: the published numbers in every setting, precision, grids, gradients"
+"What the cells of 14_tokenizer.vf_loss cannot guard: published numbers in every setting, precision, grids, gradients"
 import json
 from pathlib import Path
 import pytest, torch
@@ -56,7 +56,7 @@ def test_relations_stay_within_an_image():
 @pytest.mark.parametrize("block", [7, 20, 39])
 @pytest.mark.parametrize("margin", [0., .25])
 def test_blocks_give_what_the_whole_matrix_gives(block, margin):
-    "Loss and the gradients of both maps; and both in a sum with something else, differentiated twice as for an adaptive weight"
+    "Loss and gradients of both maps; and both in a sum with something else, differentiated twice as for a ratio"
     z, f = (randn(2, c, 5, 8, name=name).double().requires_grad_() for c,name in ((5, "z"), (6, "f")))
     whole, blocks = distmat_loss(z, f, margin), distmat_loss(z, f, margin, block)
     check(blocks, whole, rtol=1e-12)
@@ -97,7 +97,8 @@ def test_half_precision_inputs_are_computed_in_fp32(dtype):
 
 def test_double():
     z, f = randn(1, 3, 2, 2).double(), randn(1, 3, 2, 2, name="f").double()
-    for loss in (cosine_loss(z, f), distmat_loss(z, f), VFLoss(3, 3).double()(z, f)[0]): assert loss.dtype == torch.float64
+    for loss in (cosine_loss(z, f), distmat_loss(z, f), VFLoss(3, 3).double()(z, f)[0]):
+        assert loss.dtype == torch.float64
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
 def test_extreme_lengths_stay_finite(size):
@@ -123,7 +124,8 @@ def test_maps_that_do_not_fit():
     def refuses(message): return pytest.raises(ShapeError, match=message)
     with refuses("height 4 and f has height 5"): distmat_loss(randn(1, 2, 4, 4), randn(1, 2, 5, 4))
     with refuses("batch size 3 and f has batch size 2"): distmat_loss(randn(3, 2, 4, 4), randn(2, 2, 4, 4))
-    with refuses("z has 2 channels, but this VFLoss was built for 4"): VFLoss(4, 8)(randn(1, 2, 4, 4), randn(1, 8, 4, 4))
+    with refuses("z has 2 channels, but this VFLoss was built for 4"):
+        VFLoss(4, 8)(randn(1, 2, 4, 4), randn(1, 8, 4, 4))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_equals_cpu():
