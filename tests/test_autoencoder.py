@@ -5,10 +5,12 @@ import pytest, torch
 from vavae_nb.base.errors import CheckpointError, ConfigError, DataError, ShapeError
 from vavae_nb.base.tensors import generator, seed_everything, test_tensor as check
 from vavae_nb.base.tensor_files import load_into, load_tensors, save_tensors
-from vavae_nb.tokenizer.autoencoder import Autoencoder, Posterior, to_uint8
+from vavae_nb.tokenizer.autoencoder import Autoencoder, to_uint8
+from vavae_nb.tokenizer.network import Posterior
 
 golden = Path(__file__).parent/"golden"
-tiny = dict(latent_dim=4, ch=8, ch_mult=(1,2,2), num_res_blocks=1, attn_resolutions=(16,), resolution=32, norm_groups=4)
+tiny = dict(latent_dim=4, ch=8, ch_mult=(1,2,2), num_res_blocks=1, attn_resolutions=(16,), resolution=32,
+            norm_groups=4)
 
 @pytest.fixture
 def net():
@@ -20,7 +22,7 @@ def full(net):
     net.set_latent_stats(torch.arange(4.), torch.arange(1., 5.), dict(n=10, flips=(True, False)))
     return net
 
-images = lambda *shape: torch.rand(*shape, generator=generator(0, "images"))*2 - 1
+def images(*shape): return torch.rand(*shape, generator=generator(0, "images"))*2 - 1
 
 def test_names_do_not_change_with_statistics(net):
     names = set(net.state_dict())
@@ -30,13 +32,17 @@ def test_names_do_not_change_with_statistics(net):
 def test_golden_in_channels_last_and_float64():
     t, head = load_tensors(golden/"autoencoder.safetensors")
     c = json.loads(head["config"])
-    net = Autoencoder(c["embed_dim"], c["ch"], c["ch_mult"], c["num_res_blocks"], c["attn_resolutions"], c["resolution"])
+    settings = ("embed_dim", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution")
+    net = Autoencoder(*(c[k] for k in settings))
     load_into(net, {k[6:]: v for k,v in t.items() if k.startswith("state.")}, "golden")
-    for f in (lambda m: m.to(memory_format=torch.channels_last), lambda m: m.double()):
-        m = f(copy.deepcopy(net))
-        with torch.no_grad(): p = m.posterior(t["x"].to(m.encoder_last.dtype)); y = m.decode_raw(p.mode())
+    for m in (copy.deepcopy(net).to(memory_format=torch.channels_last), copy.deepcopy(net).double()):
+        with torch.no_grad():
+            p = m.posterior(t["x"].to(m.encoder_last.dtype))
+            y = m.decode_raw(p.mode())
         assert p.mean.dtype == m.encoder_last.dtype
-        check(torch.cat([p.mean, p.logvar], 1), t["moments"]); check(p.kl(), t["kl"]); check(y, t["reconstruction_of_mode"])
+        check(torch.cat([p.mean, p.logvar], 1), t["moments"])
+        check(p.kl(), t["kl"])
+        check(y, t["reconstruction_of_mode"])
 
 @pytest.mark.parametrize("size", [(4, 4), (32, 32), (36, 64)])
 def test_other_image_sizes(net, size):
@@ -59,7 +65,8 @@ def test_gradients_reach_every_weight(net):
 
 def test_last_layers_take_gradients(net):
     y, p, _ = net(images(1, 3, 32, 32))
-    for w in (net.encoder_last, net.decoder_last): assert torch.autograd.grad(y.mean(), w, retain_graph=True)[0].abs().sum() > 0
+    for w in (net.encoder_last, net.decoder_last):
+        assert torch.autograd.grad(y.mean(), w, retain_graph=True)[0].abs().sum() > 0
     assert net.encoder_last.shape == (8, 16, 3, 3) and net.decoder_last.shape == (3, 8, 3, 3)
 
 def test_posterior_refuses_other_shapes():
@@ -80,7 +87,8 @@ def test_statistics_follow_copies_and_casts(full):
     check(copy.deepcopy(full).encode(x, sample=False), z, 0)
     check(full.double().encode(x.double(), sample=False), z)
 
-@pytest.mark.parametrize("bad", [dict(ch=10), dict(ch_mult=()), dict(ch_mult=(1, 0)), dict(latent_dim=0), dict(resolution=30), dict(attn_resolutions=(7,)), dict(norm_groups=0)])
+@pytest.mark.parametrize("bad", [dict(ch=10), dict(ch_mult=()), dict(ch_mult=(1, 0)), dict(latent_dim=0),
+                                 dict(resolution=30), dict(attn_resolutions=(7,)), dict(norm_groups=0)])
 def test_impossible_settings(bad):
     with pytest.raises(ConfigError): Autoencoder(**tiny | bad)
 
@@ -93,9 +101,12 @@ def test_shapes_that_do_not_fit(full):
 
 def test_bad_statistics_change_nothing(full):
     ok = torch.ones(4)
-    for mean, std, how, error in ((ok*float("inf"), ok, {}, DataError), (ok, -ok, {}, DataError), (ok, torch.ones(1, 4), {}, ShapeError), (ok, ok, dict(n=ok), ConfigError)):
-        with pytest.raises(error): full.set_latent_stats(mean, std, how)
-    assert full.latent_mean.flatten().tolist() == [0, 1, 2, 3] and full.latent_how == dict(n=10, flips=[True, False])
+    bad = ((ok*float("inf"), ok, {}, DataError), (ok, -ok, {}, DataError),
+           (ok, torch.ones(1, 4), {}, ShapeError), (ok, ok, dict(n=ok), ConfigError))
+    for mean, std, source, error in bad:
+        with pytest.raises(error): full.set_latent_stats(mean, std, source)
+    assert full.latent_mean.flatten().tolist() == [0, 1, 2, 3]
+    assert full.latent_stats_source == dict(n=10, flips=[True, False])
 
 def test_decode_is_clamped_and_raw_is_not(full):
     z = 1e3*torch.randn(1, 4, 8, 8, generator=generator(0, "z"))
@@ -104,13 +115,14 @@ def test_decode_is_clamped_and_raw_is_not(full):
 
 def test_to_uint8_layout_and_bf16():
     x = torch.tensor([-1., 0., 1.]).view(1, 3, 1, 1).expand(2, 3, 4, 5)
-    for y in (to_uint8(x), to_uint8(x.bfloat16())): assert y.shape == (2, 4, 5, 3) and y[0,0,0].tolist() == [0, 128, 255]
+    for y in (to_uint8(x), to_uint8(x.bfloat16())):
+        assert y.shape == (2, 4, 5, 3) and y[0,0,0].tolist() == [0, 128, 255]
 
 def test_load_draws_no_random_numbers(full, tmp_path):
     full.save(tmp_path/"t.safetensors")
     state = torch.get_rng_state()
     again = Autoencoder.load(tmp_path/"t.safetensors")
-    assert (torch.get_rng_state() == state).all() and again.latent_how == full.latent_how
+    assert (torch.get_rng_state() == state).all() and again.latent_stats_source == full.latent_stats_source
     check(again.latent_std, full.latent_std, 0)
 
 def test_save_without_statistics(net, tmp_path):

@@ -2,7 +2,7 @@
 import faulthandler, os, shutil, signal, warnings
 import pytest, torch
 from PIL import Image
-from vavae_nb.base.errors import DataError
+from vavae_nb.base.errors import CheckpointError, DataError
 from vavae_nb.data.batches import Batches
 from vavae_nb.data.images import embedded
 from vavae_nb.data.folders import lazy_folder
@@ -67,25 +67,22 @@ def test_a_class_that_is_gone_ends_the_epoch_with_a_file_by_name(pets):
         epoch(data, after)
     assert 0 < len(seen) < 6 # The thread's error reached the loop
 
-def test_a_shard_cut_short_in_the_middle_of_an_epoch(shards):
-    whole, data = opened(shards).batch(slice(None)), opened(shards)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        early = []
-        def after(step): early.append(step); step == 2 and os.truncate(shards[1], 3000)
-        first, second = epoch(data, after, ahead=False), epoch(data)
-    assert len(said) == 1 and shards[1].name in str(said[0].message) and len(early) == 9
-    order = list(first)
-    for i in range(90): # Rows 30 to 59: the next of the same class in a whole shard
-        instead = i if not 30 <= i < 60 else 60+i % 3
-        assert torch.equal(second[i], whole[instead]) and torch.equal(first[i], whole[i if order.index(i) < 30 else instead])
-    some = opened(shards[:1]+shards[2:]) # Nothing else is cut
-    assert torch.equal(some.batch([0, 59]), whole[[0, 89]])
-    flipped = data.batch([31, 0], torch.tensor([True, False]))
-    assert torch.equal(flipped[0], open_shard(shards[2])[0]["latents_flip"][1]) and torch.equal(flipped[1], whole[0])
-    for p in (shards[0], shards[2]): os.truncate(p, 100)
-    with warnings.catch_warnings(), pytest.raises(DataError, match="no whole shard holds a latent of class 1.*give the same training command"):
-        warnings.simplefilter("ignore"); data.batch([31])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_shard_cut_short_in_the_middle_of_an_epoch_ends_it(shards, ahead):
+    whole, data, done, copy = opened(shards).batch(slice(None)), opened(shards), [], shards[1].read_bytes()
+    def after(step):
+        done.append(step)
+        if step == 2: os.truncate(shards[1], 3000)
+    size = len(copy)
+    sentence = f"{shards[1].name} has been cut short, to 3,000 of {size:,} bytes.*restore the file.*same training command"
+    with pytest.raises(DataError, match=sentence): epoch(data, after, ahead=ahead)
+    assert 3 <= len(done) < 9 # It ended there, and no other latents came in their place
+    for _ in range(2):
+        with pytest.raises(DataError, match="cut short"): data.batch([31, 0])
+    assert torch.equal(data.batch([0, 89]), whole[[0, 89]]) # Batches that do not touch it are whole
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"): opened(shards)
+    shards[1].write_bytes(copy)
+    assert torch.equal(opened(shards).batch(slice(None)), whole) # Restored, a new start has all of them
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_shard_that_vanishes_or_is_replaced_ends_the_epoch(shards, tmp_path, ahead):
@@ -107,4 +104,4 @@ def test_without_the_look_the_process_is_killed(tmp_path): # What the look is fo
         faulthandler.disable()
         blind.batch([50]); os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
-    with pytest.warns(UserWarning, match="cut short, to 100 of"), pytest.raises(DataError, match="no whole shard"): looks.batch([50])
+    with pytest.raises(DataError, match="cut short, to 100 of"): looks.batch([50])

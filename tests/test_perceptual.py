@@ -27,7 +27,8 @@ def published(net):
 @pytest.mark.parametrize("net", ["vgg16", "alexnet"])
 def test_equals_the_published(net):
     ours,ref = LPIPS(net),published(net)
-    for k,w in enumerate(ours.heads): assert torch.equal(w, ref.lins[k].model[-1].weight) # The heads are the package's own
+    for k,w in enumerate(ours.heads): # The heads are the package's own
+        assert torch.equal(w, ref.lins[k].model[-1].weight)
     for size in ((32, 32), (48, 77)):
         x,y = pair(*size); y.requires_grad_()
         theirs,stages = ref(x, y, retPerLayer=True)
@@ -40,7 +41,8 @@ def toy(net="vgg16", width=2):
     g,kernels = generator(2, "toy"), (3,)*13 if net == "vgg16" else (11, 5, 3, 3, 3)
     t = {f"head.{k}.weight": torch.rand(1, width, 1, 1, generator=g) for k in range(5)}
     for i,k in enumerate(kernels):
-        t[f"conv.{i}.weight"],t[f"conv.{i}.bias"] = torch.randn(width, width if i else 3, k, k, generator=g),torch.ones(width)
+        t[f"conv.{i}.weight"] = torch.randn(width, width if i else 3, k, k, generator=g)
+        t[f"conv.{i}.bias"] = torch.ones(width)
     return t
 
 @pytest.mark.parametrize("net", ["vgg16", "alexnet"])

@@ -150,7 +150,7 @@ def test_statistics_come_along(tmp_path):
     tok = load_tokenizer(tmp_path/"a.pt", tmp_path/"latents_stats.pt")
     check(tok.latent_mean.flatten(), torch.arange(4.))
     check(tok.encode(t["x"], sample=False), (t["moments"][:,:4]-tok.latent_mean)/2)
-    assert tok.latent_how["file"] == "latents_stats.pt" and len(tok.latent_how["sha256"]) == 64
+    assert tok.latent_stats_source["file"] == "latents_stats.pt" and len(tok.latent_stats_source["sha256"]) == 64
     save_latent_stats(tmp_path/"other.pt", torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1))
     with pytest.raises(ShapeError, match="latent mean"): load_vavae(tmp_path/"a.pt", tmp_path/"other.pt")
     save_latent_stats(tmp_path/"flat.pt", torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1, 1))

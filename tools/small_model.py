@@ -36,7 +36,7 @@ def main(run, to=ROOT/"vavae_nb"/"embedded"):
     draw = lambda model, tok: generate_images(model, tok, class_labels("balanced", 20, model.num_classes), cfg.sampling, seed=cfg.seed, precision="fp32", progress=False)
     psnr = lambda tok: next(f["value"] for f in evaluate_reconstruction(tok, embedded("test"), lpips="none").figures if f["metric"] == "psnr")
     model, tok, _ = of
-    before, psnr_before, stats = draw(model, tok), psnr(tok), (tok.latent_mean, tok.latent_std, tok.latent_how)
+    before, psnr_before, stats = draw(model, tok), psnr(tok), (tok.latent_mean, tok.latent_std, tok.latent_stats_source)
     tok.half().set_latent_stats(*stats) # In float32, and of these weights
     tok.save(files[0], load_tensors(run/"tokenizer.safetensors")[1]["meta"])
     model.half().save(files[1], model.meta | dict(tokenizer=tok.fingerprint()), ema=model.state_dict())

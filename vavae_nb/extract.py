@@ -26,7 +26,7 @@ def _record(tok, given, out, n, seed, new_stats, keep_file):
     from vavae_nb.base.tensor_files import load_tensors
     had = tok.latent_mean is not None and not new_stats
     describe_folder(tok, out) if had else record_statistics(tok, out, n, seed)
-    print(f"statistics in {out/'latents_stats.pt'}: {'as the tokenizer has them' if had else 'taken, and given to the tokenizer'} ({', '.join(f'{k} {v}' for k,v in tok.latent_how.items())})")
+    print(f"statistics in {out/'latents_stats.pt'}: {'as the tokenizer has them' if had else 'taken, and given to the tokenizer'} ({', '.join(f'{k} {v}' for k,v in tok.latent_stats_source.items())})")
     own = given/"tokenizer.safetensors" if given.is_dir() else given
     ours = own.is_file() and own.suffix == ".safetensors"
     if not (ours and had and keep_file): tok.save(own if ours else out/"tokenizer.safetensors", load_tensors(own)[1].get("meta") if ours else dict(source=given.name))

@@ -17,25 +17,31 @@ from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/12_tokenizer.adversarial.ipynb #f9cb6350
 class BatchNorm(nn.BatchNorm2d):
-    "Batch normalisation by the statistics of the global batch: of all processes, on any device (torch's SyncBatchNorm is for GPUs)"
+    "Batch normalisation by the statistics of the global batch, of all processes, on any device"
     def forward(self, x:Tensor)->Tensor: # (b, c, h, w)
         if not self.training or world_size() == 1: return super().forward(x)
-        total = lambda o: sum_with_gradient(o.sum((0, 2, 3))).view(1, -1, 1, 1)
         y, n = at_least_fp32(x), sum_over(torch.tensor(float(x.numel()//x.shape[1]), device=x.device))
-        mean = total(y)/n
+        mean = _total(y)/n
         y = y-mean
-        var = total(y.square())/n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.flatten(), self.momentum); self.running_var.lerp_((var*n/(n-1)).flatten(), self.momentum); self.num_batches_tracked += 1
-        w, b = (o.view(1, -1, 1, 1) for o in (self.weight, self.bias))
-        return (y*(var+self.eps).rsqrt()*w+b).to(x.dtype)
+        var = _total(y.square())/n
+        self._track(mean.flatten(), (var*n/(n-1)).flatten())
+        weight, bias = (o.view(1, -1, 1, 1) for o in (self.weight, self.bias))
+        return (y*(var+self.eps).rsqrt()*weight+bias).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean, var): # For evaluation
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+        self.num_batches_tracked += 1
+
+def _total(x): return sum_with_gradient(x.sum((0, 2, 3))).view(1, -1, 1, 1) # Of each channel, over all processes
 
 # %% ../../nbs/12_tokenizer.adversarial.ipynb #86390863
 class PatchGAN(nn.Module):
-    "Discriminator with one logit a patch; Isola et al. 2017, with the tensor names of the public VQGAN and VA-VAE code"
+    "Discriminator with one logit per patch; Isola et al. 2017, with the tensor names of the public code"
     def __init__(self,
         in_channels:int=3, # Channels of the image
-        ndf:int=64,        # Filters of the first layer; doubled a layer, up to 8 times
+        ndf:int=64,        # Filters of the first layer; doubled in each layer, up to 8 times
         n_layers:int=3,    # Layers of stride 2; the receptive field is 16, 34, 70, 142 px for 1, 2, 3, 4
     ):
         super().__init__()
@@ -43,9 +49,10 @@ class PatchGAN(nn.Module):
         self.in_channels, self.n_layers = in_channels, n_layers
         widths = [ndf*min(2**i, 8) for i in range(n_layers+1)]
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(.2)]
-        for i in range(1, n_layers+1):
+        for i,(n_in,n_out) in enumerate(zip(widths, widths[1:]), 1):
             stride = 2 if i < n_layers else 1
-            layers += [nn.Conv2d(widths[i-1], widths[i], 4, stride, padding=1, bias=False), BatchNorm(widths[i]), nn.LeakyReLU(.2)]
+            layers.append(nn.Conv2d(n_in, n_out, 4, stride, padding=1, bias=False))
+            layers += [BatchNorm(n_out), nn.LeakyReLU(.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.apply(_init_patchgan)
 
@@ -56,10 +63,12 @@ class PatchGAN(nn.Module):
         x:Tensor, # Images, (b, in_channels, H, W)
     )->Tensor:    # Logits, (b, 1, H//2**n_layers - 2, W//2**n_layers - 2)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ShapeError(f"PatchGAN got a tensor of shape {tuple(x.shape)}; it takes images (b, {self.in_channels}, H, W)")
-        if min(x.shape[2:]) < (least := 3*2**self.n_layers):
-            raise ShapeError(f"PatchGAN with n_layers={self.n_layers} got images of {x.shape[2]}×{x.shape[3]} px, which leaves no patch; "
-                             f"it needs {least} px or more, or a smaller n_layers")
+            raise ShapeError(f"PatchGAN got a tensor of shape {tuple(x.shape)}; "
+                             f"it takes images (b, {self.in_channels}, H, W)")
+        least = 3*2**self.n_layers
+        if min(x.shape[2:]) < least:
+            raise ShapeError(f"PatchGAN with n_layers={self.n_layers} got images of {x.shape[2]}×{x.shape[3]} px, "
+                             f"which leaves no patch; it needs {least} px or more, or a smaller n_layers")
         return self.main(x)
 
     def extra_repr(self): return f"receptive_field={self.receptive_field}"
@@ -96,9 +105,11 @@ def gradient_at(
     name:str="loss",  # What the message calls it
 )->Tensor:            # Of the shape of `weight`
     "∂loss/∂weight; the graph stays for the real backward pass"
-    g = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
-    if g is None: raise ConfigError(f"the {name} of adaptive_weight does not depend on the weight of shape {tuple(weight.shape)} "
-                                    "through autograd; take a parameter that both losses reach, and detach neither")
+    g = None
+    if loss.requires_grad: g, = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
+    if g is None:
+        raise ConfigError(f"the {name} of adaptive_weight does not depend on the weight of shape {tuple(weight.shape)} "
+                          "through autograd; take a parameter that both losses reach, and detach neither")
     return g
 
 def gradient_ratio(
@@ -108,8 +119,10 @@ def gradient_ratio(
     eps:float=1e-4,   # Added to ‖loss‖
 )->Tensor:            # Scalar in [0, max_weight]
     "The ratio of two gradients' norms, clamped; of several processes' gradients the sums are taken before the norms"
-    r, l = (torch.linalg.vector_norm(at_least_fp32(sum_over(g.clone()))) for g in (reference, loss)) # The square of an fp16 gradient overflows
-    return (r/(l+eps)).clamp(0., max_weight)
+    return (_norm(reference)/(_norm(loss)+eps)).clamp(0., max_weight)
+
+def _norm(gradient): # Over all processes, in fp32: the square of an fp16 gradient overflows
+    return torch.linalg.vector_norm(at_least_fp32(sum_over(gradient.clone())))
 
 def adaptive_weight(
     reference:Tensor, # Scalar whose gradient sets the scale, such as the reconstruction's nll
@@ -126,7 +139,7 @@ def once_differentiated(
     loss_fn:Callable, # y -> a scalar loss, or (loss, terms…)
     y:Tensor,         # Where the loss is taken, such as the reconstruction
 )->Tensor|tuple:      # The loss's tangent at y: its value and its gradient there; then the terms, detached
-    "A costly loss differentiated here, once: whoever backpropagates through the result multiplies by the stored gradient"
+    "A costly loss differentiated here, once: a backward pass through the result multiplies by the stored gradient"
     if not torch.is_grad_enabled(): return loss_fn(y)
     point = y.detach().requires_grad_()
     out = loss_fn(point)
@@ -135,4 +148,7 @@ def once_differentiated(
     tangent = loss.detach()+((y-y.detach())*g).sum()
     return (tangent, *map(_detached, terms)) if isinstance(out, tuple) else tangent
 
-def _detached(o): return o.detach() if isinstance(o, Tensor) else {k: _detached(v) for k,v in o.items()} if isinstance(o, dict) else o
+def _detached(term): # A tensor, a dictionary of such, or anything else as it is
+    if isinstance(term, Tensor): return term.detach()
+    if isinstance(term, dict): return {k: _detached(v) for k,v in term.items()}
+    return term

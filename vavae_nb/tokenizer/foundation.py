@@ -30,40 +30,49 @@ def choose_layer(
     image_size:int|None=None, # Pixels a side that the network sees; `None`: stride · grid
 )->tuple[int,int]:            # Layer, image size
     "Which layer gives `grid` positions, and at which input size: stride 16 where there is a choice"
-    if layer is None:
-        stride = image_size/grid if image_size else 16 if 16 in strides else strides[-1]
-        if stride not in strides:
-            raise ConfigError(f"image_size {image_size} on a grid of {grid} needs a layer of stride {stride:g}; "
-                              f"this network allows image_size {', '.join(str(s*grid) for s in sorted(set(strides)))}")
-        layer = len(strides)-1-strides[::-1].index(stride)
-    if not -len(strides) <= layer < len(strides): raise ConfigError(f"layer {layer} asked for, but this network has layers 0 to {len(strides)-1}")
+    if layer is None: layer = _deepest_layer(strides, grid, image_size)
+    if not -len(strides) <= layer < len(strides):
+        raise ConfigError(f"layer {layer} asked for, but this network has layers 0 to {len(strides)-1}")
     layer %= len(strides)
-    fits = strides[layer]*grid
-    if image_size not in (None, fits): raise ConfigError(f"layer {layer} has stride {strides[layer]}: a grid of {grid} needs image_size {fits}, not {image_size}")
-    return layer, fits
+    fitting = strides[layer]*grid
+    if image_size not in (None, fitting):
+        raise ConfigError(f"layer {layer} has stride {strides[layer]}: a grid of {grid} needs image_size {fitting}, "
+                          f"not {image_size}")
+    return layer, fitting
+
+def _deepest_layer(strides, grid, image_size):
+    if image_size: stride = image_size/grid
+    else: stride = 16 if 16 in strides else strides[-1]
+    if stride not in strides:
+        sizes = ", ".join(str(s*grid) for s in sorted(set(strides)))
+        raise ConfigError(f"image_size {image_size} on a grid of {grid} needs a layer of stride {stride:g}; "
+                          f"this network allows image_size {sizes}")
+    return max(i for i,s in enumerate(strides) if s == stride)
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #9f937a2e
 def fold_batchnorm(
     net:nn.Module, # A frozen network in eval mode, changed in place
 )->nn.Module:
     "Fold each batch norm into the convolution defined just before it (Jacob et al. 2018, sec. 3.2)"
-    kids = list(net.named_children())
-    for (a,conv),(b,bn) in zip(kids, kids[1:]):
-        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and conv.out_channels == bn.num_features:
-            setattr(net, a, fuse_conv_bn_eval(conv, bn))
-            setattr(net, b, nn.Sequential(*bn.children())) # timm keeps the activation inside its batch norm
-    for kid in net.children(): fold_batchnorm(kid)
+    children = list(net.named_children())
+    for (conv_name,conv),(norm_name,norm) in zip(children, children[1:]):
+        foldable = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if foldable and conv.out_channels == norm.num_features:
+            setattr(net, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(net, norm_name, nn.Sequential(*norm.children())) # timm keeps the activation inside its batch norm
+    for child in net.children(): fold_batchnorm(child)
     return net
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #6d2e91b4
+# Table 4; of SAM and CLIP the paper names no size
 paper_vfms = dict(dinov2="vit_large_patch14_dinov2.lvd142m", mae="vit_large_patch16_224.mae",
-                  sam="samvit_large_patch16.sa1b", clip="vit_large_patch14_clip_quickgelu_224.openai") # Table 4; the last two are our choice
+                  sam="samvit_large_patch16.sa1b", clip="vit_large_patch14_clip_quickgelu_224.openai")
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #385d1ffe
 class FoundationModel(nn.Module):
     "A frozen timm network: images in [−1, 1] to features (b, D, grid, grid)"
     def __init__(self,
-        name:str="efficientnet_lite0", # A short name of `paper_vfms`, or any timm model with feature maps or patch tokens
+        name:str="efficientnet_lite0", # A short name of `paper_vfms`, or any timm model with maps or patch tokens
         grid:int=8,                    # Positions a side, the latent's
         weights:str|Path|None=None,    # As in `timm_network`: found by itself, a file, or `random`
         normalize:str="model",         # `model`: its own mean and std; `none`: [−1, 1] as it is
@@ -71,29 +80,31 @@ class FoundationModel(nn.Module):
         image_size:int|None=None,      # As in `choose_layer`
     ):
         super().__init__()
-        if normalize not in ("model", "none"): raise ConfigError(f"normalize '{normalize}' is not known; use model or none")
-        name = paper_vfms.get(name, name)
-        try: self.net, self.provenance = timm_network(name, weights)
-        except ConfigError as e: raise ConfigError(f"{str(e).split('; known:')[0]}; the paper's models are {', '.join(paper_vfms)}") from None
-        if not hasattr(self.net, "forward_intermediates"): raise ConfigError(f"'{name}' gives no feature maps in timm; choose another model")
-        self.name, self.grid, self.weights_sha256 = name, grid, self.net.weights_sha256
-        self.layer, self.image_size = choose_layer([f["reduction"] for f in self.net.feature_info], grid, layer, image_size)
+        if normalize not in ("model", "none"):
+            raise ConfigError(f"normalize '{normalize}' is not known; use model or none")
+        self.name, self.grid = paper_vfms.get(name, name), grid
+        self.net, self.provenance = _network(self.name, weights)
+        self.weights_sha256 = self.net.weights_sha256
+        strides = [f["reduction"] for f in self.net.feature_info]
+        self.layer, self.image_size = choose_layer(strides, grid, layer, image_size)
         if hasattr(self.net, "set_input_size"): self.net.set_input_size(img_size=(self.image_size,)*2)
-        cfg = self.net.pretrained_cfg
-        mean, std = (cfg["mean"], cfg["std"]) if normalize == "model" else ((.5,)*3, (.5,)*3)
+        config, half = self.net.pretrained_cfg, (.5,)*3
+        mean, std = (config["mean"], config["std"]) if normalize == "model" else (half, half)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1)*2-1, persistent=False) # As for images in [−1, 1]
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1)*2, persistent=False)
-        self._fold().requires_grad_(False).eval()
+        self._check_and_fold()
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
-    def _fold(self): # Sees that the grid is right, learns the channels, and folds if that changes nothing
-        probe = torch.randn(1, 3, self.image_size, self.image_size, generator=generator(0, "probe"), device="cpu").to(self.mean.device)
+    def _check_and_fold(self): # Is the grid right? Also learns the channels, and folds if that changes nothing
+        size, device = self.image_size, self.mean.device
+        probe = torch.randn(1, 3, size, size, generator=generator(0, "probe"), device="cpu").to(device)
         y, net = self(probe), self.net
-        if y.shape[2:] != (self.grid,)*2: raise ConfigError(f"'{self.name}' gives {tuple(y.shape)} at {self.image_size} px, not a grid of {self.grid}")
+        if y.shape[2:] != (self.grid,)*2:
+            raise ConfigError(f"'{self.name}' gives {tuple(y.shape)} at {size} px, not a grid of {self.grid}")
         self.channels = y.shape[1]
-        if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) and not y.is_meta:
-            self.net = fold_batchnorm(copy.deepcopy(net))
-            if rel_err(self(probe), y) > 1e-4: self.net = net
-        return self.to(memory_format=torch.channels_last)
+        if y.is_meta or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return
+        self.net = fold_batchnorm(copy.deepcopy(net))
+        if rel_err(self(probe), y) > 1e-4: self.net = net
 
     @torch.no_grad()
     def forward(self,
@@ -101,19 +112,36 @@ class FoundationModel(nn.Module):
     )->Tensor:    # Features (b, D, grid, grid), in the network's dtype or that of the surrounding autocast
         "Resize, normalise, one layer's feature map"
         if x.ndim != 4 or x.shape[1] != 3: raise ShapeError(f"images must be (b, 3, H, W), got {tuple(x.shape)}")
-        if x.shape[-2:] != (self.image_size,)*2: x = F.interpolate(x.float(), size=(self.image_size,)*2, mode="bicubic", antialias=True)
+        size = (self.image_size,)*2
+        if x.shape[-2:] != size: x = F.interpolate(x.float(), size=size, mode="bicubic", antialias=True)
         x = ((x-self.mean)/self.std).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, intermediates_only=True)[0].contiguous()
+        maps, = self.net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True,
+                                               intermediates_only=True)
+        return maps.contiguous()
 
     @property
     def dtype(self)->torch.dtype: return next(self.net.parameters()).dtype
     @property
     def key(self)->str: # Everything that determines the output, as JSON
-        return json.dumps(dict(model=self.net.pretrained_cfg["architecture"], weights=self.weights_sha256, layer=self.layer, image_size=self.image_size,
-                               resize="bicubic, antialias", mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), dtype=str(self.dtype)))
-    def feature_bytes(self, n:int)->int: return 2*2*n*self.channels*self.grid**2 # Of n images and their mirror images, in float16
+        return json.dumps(dict(
+            model=self.net.pretrained_cfg["architecture"], weights=self.weights_sha256, layer=self.layer,
+            image_size=self.image_size, resize="bicubic, antialias", mean=self.mean.flatten().tolist(),
+            std=self.std.flatten().tolist(), dtype=str(self.dtype)))
+    def feature_bytes(self, n:int)->int: # Of n images and their mirror images, in float16
+        return 2*2*n*self.channels*self.grid**2
     def train(self, mode:bool=True): return super().train(False)
-    def extra_repr(self): return f"{self.provenance}; layer {self.layer} at {self.image_size} px: {self.channels} × {self.grid} × {self.grid}"
+    def extra_repr(self):
+        features = f"{self.channels} × {self.grid} × {self.grid}"
+        return f"{self.provenance}; layer {self.layer} at {self.image_size} px: {features}"
+
+def _network(name, weights): # With maps or patch tokens, and where its weights are from
+    try: net, provenance = timm_network(name, weights)
+    except ConfigError as e:
+        sentence = str(e).split("; known:")[0]
+        raise ConfigError(f"{sentence}; the paper's models are {', '.join(paper_vfms)}") from None
+    if not hasattr(net, "forward_intermediates"):
+        raise ConfigError(f"'{name}' gives no feature maps in timm; choose another model")
+    return net, provenance
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #b18f4e63
 def foundation_cost(
@@ -124,7 +152,8 @@ def foundation_cost(
     with torch.device("meta"):
         vfm = FoundationModel(name, grid, weights="random")
         with FlopCounterMode(display=False) as count: vfm(torch.zeros(1, 3, vfm.image_size, vfm.image_size))
-    return dict(parameters=sum(p.numel() for p in vfm.parameters()), flops=count.get_total_flops(), channels=vfm.channels, image_size=vfm.image_size)
+    parameters = sum(p.numel() for p in vfm.parameters())
+    return dict(parameters=parameters, flops=count.get_total_flops(), channels=vfm.channels, image_size=vfm.image_size)
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #0bc6cf18
 def fast_precision(
@@ -145,7 +174,7 @@ def feature_precision(
     images,               # As for `cached_features`
     precision:str="auto", # `auto`, `fp32` or `bf16`
 )->str:                   # `fp32` or `bf16`
-    "The precision that the features of these images are computed in: `auto` asks `fast_precision` about the first four; of several processes the first decides"
+    "What these images' features are computed in: `auto` asks `fast_precision` about four of them, in the first process"
     device = vfm.mean.device
     autocast(device, precision) # Refuses an unknown precision
     if precision != "auto": return precision
@@ -155,56 +184,77 @@ def feature_precision(
 # %% ../../nbs/13_tokenizer.foundation.ipynb #0111f84c
 def cached_features(
     vfm:FoundationModel,  # The network
-    images,               # With `len`, `.fingerprint` and `.batch(indices, flip)`, such as `vavae_nb.data.images.Images`
+    images,               # With `len`, `.fingerprint` and `.batch(indices, flip)`, such as `data.images.Images`
     batch_size:int=64,    # Images at a time
     precision:str="auto", # `auto` (see `fast_precision`), `fp32` or `bf16`
 )->np.memmap:             # (n, 2, D, grid, grid) float16; `[:, 1]` of the mirrored images
-    "Features of every image and its mirror image, computed once and kept in the cache; several processes share the work"
+    "Features of every image and its mirror image, computed once and kept in the cache; processes share the work"
     n = len(images)
     if n == 0: raise DataError("no images to compute features of")
     precision = feature_precision(vfm, images, precision)
     shape = (n, 2, vfm.channels, vfm.grid, vfm.grid)
-    key = json.dumps(dict(layout=1, shape=shape, vfm=vfm.key, images=images.fingerprint, precision=precision))
-    path = cache_dir("features")/f"{vfm.name.replace('/', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if max_over(torch.tensor(float(not path.is_file()), device=vfm.mean.device)): _write_features(path, shape, vfm, images, batch_size, precision)
-    if not path.is_file(): raise DataError(f"the first process wrote {path}, but this one does not see it; point VAVAE_NB_CACHE at a folder that all processes share")
+    path = _cache_file(vfm, shape, images.fingerprint, precision)
+    missing = torch.tensor(float(not path.is_file()), device=vfm.mean.device)
+    if max_over(missing): _write_features(path, shape, vfm, images, batch_size, precision)
+    if not path.is_file():
+        raise DataError(f"the first process wrote {path}, but this one does not see it; "
+                        "point VAVAE_NB_CACHE at a folder that all processes share")
     try: return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as e:
         raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
 
+def _cache_file(vfm, shape, images, precision): # Named after everything that determines its contents
+    key = json.dumps(dict(layout=1, shape=shape, vfm=vfm.key, images=images, precision=precision))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_dir("features")/f"{vfm.name.replace('/', '_')}-{digest}.npy"
+
 # %% ../../nbs/13_tokenizer.foundation.ipynb #2c61d790
 def _write_features(path, shape, vfm, images, batch_size, precision):
-    need, free, device = int(np.prod(shape))*2, shutil.disk_usage(path.parent).free, vfm.mean.device
-    if need > free:
-        raise ConfigError(f"features of {shape[0]} images with {vfm.name} need {need/1e9:.2f} GB, but {path.parent} has {free/1e9:.2f} GB free; "
-                          "free some space or set VAVAE_NB_CACHE to a folder on a larger disk")
+    _check_room(path.parent, shape, vfm.name)
     if is_first(): sweep_temporary(path.parent)
-    np.lib.format.write_array_header_1_0(head := io.BytesIO(), dict(descr="<f2", fortran_order=False, shape=shape))
-    rows = rows_of(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # Too few to share: the first computes them
-    with _one_file(path, device) as tmp, open(tmp, "r+b") as f, progress(total=rows.stop-rows.start, desc=f"features of {vfm.name}", unit="img") as bar:
-        if is_first(): f.write(head.getvalue())
-        f.seek(len(head.getvalue())+rows.start*(need//shape[0]))
-        for i in range(rows.start, rows.stop, batch_size):
-            ids = np.arange(i, min(i+batch_size, rows.stop))
-            with autocast(device, precision): y = torch.stack([vfm(images.batch(ids, flip).to(device)) for flip in (False, True)], 1)
-            y = y.half().cpu()
-            if not y.isfinite().all(): raise DataError(f"features of {vfm.name} are not finite in float16, in images {ids[0]} to {ids[-1]}")
-            f.write(y.numpy().tobytes())
-            bar.update(len(ids))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="<f2", fortran_order=False, shape=shape))
+    rows = rows_of(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # So few: the first has all
+    parts = [np.arange(i, min(i+batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+    with _shared_file(path, vfm.mean.device) as tmp, open(tmp, "r+b") as file:
+        if is_first(): file.write(header.getvalue())
+        file.seek(len(header.getvalue())+rows.start*_bytes(shape[1:]))
+        with progress(total=rows.stop-rows.start, desc=f"features of {vfm.name}", unit="img") as bar:
+            for indices in parts:
+                file.write(_features(vfm, images, indices, precision).numpy().tobytes())
+                bar.update(len(indices))
+
+def _bytes(shape): return int(np.prod(shape))*2 # In float16
+
+def _check_room(folder, shape, name):
+    need, free = _bytes(shape), shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigError(f"features of {shape[0]} images with {name} need {need/1e9:.2f} GB, but {folder} has "
+                          f"{free/1e9:.2f} GB free; free some space or set VAVAE_NB_CACHE to a folder on a larger disk")
+
+def _features(vfm, images, indices, precision): # Of images and mirror images, (b, 2, D, grid, grid) float16
+    device = vfm.mean.device
+    with autocast(device, precision):
+        y = torch.stack([vfm(images.batch(indices, flip).to(device)) for flip in (False, True)], 1)
+    y = y.half().cpu()
+    if not y.isfinite().all():
+        raise DataError(f"features of {vfm.name} are not finite in float16, "
+                        f"in images {indices[0]} to {indices[-1]}")
+    return y
 
 @contextmanager
-def _one_file(path, device): # `atomic_write` by all processes together
+def _shared_file(path, device): # `atomic_write` by all processes: the first tells the others its temporary name
     name = torch.zeros(255, dtype=torch.uint8, device=device)
-    if not is_first():
-        with writing(path): yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
-        wait()
-    else:
+    if is_first():
         with atomic_write(path) as tmp:
-            told = tmp.name.encode()
-            name[:len(told)] = torch.tensor(list(told))
+            letters = tmp.name.encode()
+            name[:len(letters)] = torch.tensor(list(letters))
             max_over(name)
             yield tmp
             wait()
+    else:
+        with writing(path): yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
+        wait()
     wait() # Until it has its name
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #238c5fa6
@@ -218,8 +268,8 @@ class Shuffled:
         self.features, self.shape, self.given = features, features.shape, np.empty_like(order)
         self.given[order] = np.roll(order, 1)
     def __len__(self): return len(self.features)
-    def __getitem__(self, at): # Rows, or (rows, flips)
-        rows, *rest = at if isinstance(at, tuple) else (at,)
+    def __getitem__(self, index): # Rows, or (rows, flips)
+        rows, *rest = index if isinstance(index, tuple) else (index,)
         return self.features[(self.given[rows], *rest)]
 
 def low_pass(
@@ -228,5 +278,8 @@ def low_pass(
     batch_size:int=500, # Images at a time
 )->np.ndarray:          # (n, 2, 3, grid, grid) float16, in [−1, 1]
     "The average colour of each position, of every image and its mirror image; a control"
-    batches = [np.arange(i, min(i+batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    return np.concatenate([torch.stack([F.adaptive_avg_pool2d(images.batch(ids, flip), grid) for flip in (False, True)], 1).half().numpy() for ids in batches])
+    def colours(indices):
+        flips = [F.adaptive_avg_pool2d(images.batch(indices, flip), grid) for flip in (False, True)]
+        return torch.stack(flips, 1).half().numpy()
+    starts = range(0, len(images), batch_size)
+    return np.concatenate([colours(np.arange(i, min(i+batch_size, len(images)))) for i in starts])

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from ..base.errors import CheckpointError, DataError, ShapeError
 from .autoencoder import Autoencoder
-from .statistics import _check_maker, load_latent_stats
-from .shards import check_shards, open_shard, shard_files, shard_ranges
+from .statistics import load_latent_stats
+from .shards import check_maker, check_shards, open_shard, shard_files, shard_ranges
 
 # %% ../../nbs/21_tokenizer.latents.ipynb #2325513b
-_go_on = "The run's checkpoints are whole: restore the file, or extract it again (whole shards are kept), then give the same training command"
-
 class Latents:
     "Normalised latents and labels; `batch(indices, flip)` gathers them from shards, mapped or in memory"
     def __init__(self,
@@ -28,13 +26,15 @@ class Latents:
         std:Tensor|float=1.,           # To divide by, (1, d, 1, 1)
         classes:list[str]|None=None,   # Names of the classes, if known
         name:str="latents",            # What a report calls them
-        files:Iterable[str|Path]=(),   # Of the shards, if these are mapped: then each batch looks whether they are still whole
+        files:Iterable[str|Path]=(),   # Of the shards, if these are mapped: each batch sees that they are still whole
     ):
-        self.shards,self.mean,self.std,self.classes,self.name = shards,mean,std,classes,name
-        self.files,self._cut = [(Path(p), os.stat(p)) for p in files],set()
+        self.shards, self.mean, self.std = shards, mean, std
+        self.classes, self.name = classes, name
+        self.files = [(Path(p), os.stat(p)) for p in files] # As they were opened
         self.labels = torch.cat([s["labels"].long() for s in shards])
-        self._all,self.starts = torch.arange(len(self.labels)),torch.tensor([0, *accumulate(len(s["labels"]) for s in shards)])
+        self.starts = torch.tensor([0, *accumulate(len(s["labels"]) for s in shards)])
         self.shape = tuple(shards[0]["latents"].shape[1:])
+        self._all = torch.arange(len(self.labels))
 
     @classmethod
     def of(cls,
@@ -43,12 +43,15 @@ class Latents:
         **kw,          # `classes`, `name`
     )->"Latents":
         "Latents that are in memory and normalised"
-        if z.ndim != 5 or z.shape[1] != 2: raise ShapeError(f"latents are {tuple(z.shape)}; give (n, 2, d, h, w), with [:, 1] of the mirrored images")
+        if z.ndim != 5 or z.shape[1] != 2:
+            raise ShapeError(f"latents are {tuple(z.shape)}; give (n, 2, d, h, w), with [:, 1] of the mirrored images")
         if len(labels) != len(z): raise ShapeError(f"{len(z)} latents but {len(labels)} labels")
         return cls([dict(latents=z[:, 0], latents_flip=z[:, 1], labels=torch.as_tensor(labels))], **kw)
 
     def __len__(self): return len(self.labels)
-    def __repr__(self): return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))} in {len(self.shards)} shards)"
+    def __repr__(self):
+        size = "×".join(map(str, self.shape))
+        return f"Latents({self.name}: {len(self)} of {size} in {len(self.shards)} shards)"
 
     def batch(self,
         indices,                # (b,) integers, or a slice
@@ -56,51 +59,46 @@ class Latents:
     )->Tensor:                  # (b, d, h, w) float32, normalised
         "The latents at `indices`"
         i = self._all[indices]
-        if cut := [s for s in self._shard(i).unique().tolist() if not self._whole(s)]:
-            i = torch.tensor([self._instead(k) if s in cut else k for k,s in zip(i.tolist(), self._shard(i).tolist())])
-        shard, flip = self._shard(i), torch.as_tensor(flip).expand(len(i))
-        at = zip(shard.tolist(), flip.tolist(), (i-self.starts[shard]).tolist())
-        rows = [self.shards[s]["latents_flip" if f else "latents"][r] for s,f,r in at] # Views
-        z = torch.empty(len(rows), *self.shape, device=self.shards[0]["latents"].device)
-        for k in range(0, len(rows), 32): torch.stack(rows[k:k+32], out=z[k:k+32]).sub_(self.mean).div_(self.std) # While they are in the processor's cache
+        shard = torch.searchsorted(self.starts, i, right=True)-1
+        if self.files:
+            for s in shard.unique().tolist(): _check_unchanged(*self.files[s])
+        rows, flips = (i-self.starts[shard]).tolist(), torch.as_tensor(flip).expand(len(i)).tolist()
+        views = [self._view(*place) for place in zip(shard.tolist(), rows, flips)]
+        z = torch.empty(len(views), *self.shape, device=self.shards[0]["latents"].device)
+        for k in range(0, len(views), 32): # So few that they are normalised while they are in the processor's cache
+            torch.stack(views[k:k+32], out=z[k:k+32]).sub_(self.mean).div_(self.std)
         return z
 
-    def _shard(self, i): return torch.searchsorted(self.starts, i, right=True)-1
+    def _view(self, shard, row, flip): return self.shards[shard]["latents_flip" if flip else "latents"][row]
 
-    def _whole(self, s): # Is this shard's file what was opened?
-        if not self.files or s in self._cut: return s not in self._cut
-        path, then = self.files[s]
-        try: now = os.stat(path)
-        except OSError as e: raise DataError(f"{path} has disappeared since it was opened ({e.strerror}). {_go_on}") from None
-        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino) or now.st_size > then.st_size: raise DataError(f"{path} has been replaced since it was opened. {_go_on}")
-        if now.st_size == then.st_size: return True
-        self._cut.add(s)
-        warnings.warn(f"{path} has been cut short, to {now.st_size:,} of {then.st_size:,} bytes: for each of its latents the next of the same class in a whole shard is taken. "
-                      "Before the training is started again, restore it or extract it again")
-        return False
+_what_to_do = ("The run's checkpoints are whole: restore the file, or extract it again (whole shards are kept), "
+               "then give the same training command")
 
-    def _instead(self, i): # The next of the same class in a whole shard, whatever the batch
-        same = (self.labels == self.labels[i]).nonzero().flatten()
-        for j in same.roll(-int(torch.searchsorted(same, i))-1).tolist():
-            if self._whole(int(self._shard(torch.tensor(j)))): return j
-        cut = ", ".join(str(self.files[s][0]) for s in sorted(self._cut))
-        raise DataError(f"no whole shard holds a latent of class {self.labels[i]}: {cut} cut short. {_go_on}")
+def _check_unchanged(path, opened): # Reading behind the end of a mapped file would kill the process
+    try: now = os.stat(path)
+    except OSError as e:
+        raise DataError(f"{path} has disappeared since it was opened ({e.strerror}). {_what_to_do}") from None
+    if (now.st_dev, now.st_ino) != (opened.st_dev, opened.st_ino) or now.st_size > opened.st_size:
+        raise DataError(f"{path} has been replaced since it was opened. {_what_to_do}")
+    if now.st_size < opened.st_size:
+        raise DataError(f"{path} has been cut short, to {now.st_size:,} of {opened.st_size:,} bytes. {_what_to_do}")
 
 # %% ../../nbs/21_tokenizer.latents.ipynb #7aad91a4
-def _no_shards(folder): return DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); make them with python -m vavae_nb.extract")
-
 def missing_shards(
     folder:str|Path, # Shards of one extraction
 )->list[str]:        # Names of those that are not there; of published shards that cannot be known
     "What is missing of an extraction; shards of two extractions in one folder are refused"
-    metas = {p.name: open_shard(p)[1] for p in shard_files(folder)}
-    if not metas: raise _no_shards(folder)
-    if any("tokenizer" not in m for m in metas.values()): return []
-    (first, one), *others = metas.items()
+    metas = {name: meta for name,(_,meta) in _open_shards(folder).items()}
+    if any("tokenizer" not in meta for meta in metas.values()): return []
+    (first, about), *others = metas.items()
     for name,meta in others:
-        if other := [f"{k} is {one.get(k)} in {first} and {meta.get(k)} in {name}" for k in one.keys()-{"range", "skipped", "classes"} if meta.get(k) != one[k]]:
-            raise DataError(f"the shards are of different extractions: {'; '.join(sorted(other))}; keep each in a folder of its own")
-    return [k for k in shard_ranges(one["n"], one["per_shard"], one["world_size"]) if k not in metas]
+        keys = about.keys()-{"range", "skipped", "classes"} # These may differ from shard to shard
+        different = sorted(k for k in keys if meta.get(k) != about[k])
+        if different:
+            facts = "; ".join(f"{k} is {about[k]} in {first} and {meta.get(k)} in {name}" for k in different)
+            raise DataError(f"the shards are of different extractions: {facts}; keep each in a folder of its own")
+    ranges = shard_ranges(about["n"], about["per_shard"], about["world_size"])
+    return [name for name in ranges if name not in metas]
 
 def load_latents(
     folder:str|Path,       # Shards, and their `latents_stats.pt` if there is one
@@ -108,36 +106,68 @@ def load_latents(
     check:bool=True,       # Read them all and compare their checksums? `extract_shards` has just done so
 )->Latents:                # Memory-mapped, normalised by the tokenizer's own statistics
     "Open a folder of shards; latents or statistics of another tokenizer are refused"
-    folder, own = Path(folder), tokenizer.fingerprint()
-    opened = {p.name: open_shard(p) for p in shard_files(folder)}
-    if not opened: raise _no_shards(folder)
+    folder, fingerprint = Path(folder), tokenizer.fingerprint()
+    opened = _open_shards(folder)
     if check: check_shards(folder)
-    shape = next(iter(opened.values()))[0]["latents"].shape[1:]
-    for name,(t,meta) in opened.items():
-        if t["latents"].shape[1] != tokenizer.latent_dim:
-            raise DataError(f"{folder/name} holds latents of {t['latents'].shape[1]} channels, but the tokenizer has {tokenizer.latent_dim}; they are of another tokenizer")
-        if t["latents"].shape[1:] != shape: raise DataError(f"{folder/name} holds latents {tuple(t['latents'].shape[1:])}, but the shards before it {tuple(shape)}")
-        _check_maker(own, folder/name, meta)
-        y, k = t["labels"], len(meta["classes"]) if "tokenizer" in meta else None
-        if len(y) and (y.min() < 0 or k and y.max() >= k): raise DataError(f"{folder/name} holds labels from {y.min()} to {y.max()}" + (f", but names {k} classes" if k else "; they start at 0"))
-    metas = {k: m for k,(_,m) in opened.items()}
-    if silent := [k for k,m in metas.items() if "tokenizer" not in m]:
-        warnings.warn(f"{len(silent)} of {len(metas)} shards in {folder} do not say what they were made from (the published ones do not): whether the tokenizer given, {own}, "
-                      "encoded them, and whether all are here, could not be checked")
-    elif lost := missing_shards(folder):
-        raise DataError(f"{folder} lacks {len(lost)} of {len(lost)+len(metas)} shards ({', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}); run the extraction to its end")
-    _same_statistics(tokenizer, folder/"latents_stats.pt")
-    stats = (o.cpu() for o in (tokenizer.latent_mean, tokenizer.latent_std))
-    meta = next(iter(metas.values()))
-    return Latents([t for t,_ in opened.values()], *stats, meta.get("classes") if not silent else None, meta.get("data", folder.name), [folder/k for k in opened])
+    first, meta = next(iter(opened.values()))
+    for name,shard in opened.items():
+        _check_shape(folder/name, shard[0]["latents"], first["latents"].shape[1:], tokenizer.latent_dim)
+        check_maker(folder/name, shard[1], fingerprint)
+        _check_labels(folder/name, *shard)
+    known = _check_complete(folder, opened, fingerprint)
+    _check_statistics(tokenizer, folder/"latents_stats.pt")
+    return Latents([tensors for tensors,_ in opened.values()], tokenizer.latent_mean.cpu(), tokenizer.latent_std.cpu(),
+                   meta.get("classes") if known else None, meta.get("data", folder.name), [folder/k for k in opened])
 
-def _same_statistics(tokenizer, path):
-    if not path.exists(): return tokenizer._check_stats()
+# %% ../../nbs/21_tokenizer.latents.ipynb #cbbce112
+def _open_shards(folder):
+    opened = {path.name: open_shard(path) for path in shard_files(folder)}
+    if not opened:
+        raise DataError(f"{folder} holds no shards (latents_rank00_shard000.safetensors, …); "
+                        "make them with python -m vavae_nb.extract")
+    return opened
+
+def _check_shape(path, z, shape, latent_dim):
+    if z.shape[1] != latent_dim:
+        raise DataError(f"{path} holds latents of {z.shape[1]} channels, but the tokenizer has {latent_dim}; "
+                        "they are of another tokenizer")
+    if z.shape[1:] != shape:
+        raise DataError(f"{path} holds latents {tuple(z.shape[1:])}, but the shards before it {tuple(shape)}")
+
+def _check_labels(path, tensors, meta):
+    labels, classes = tensors["labels"], len(meta["classes"]) if "tokenizer" in meta else 0
+    if not len(labels): return
+    low, high = labels.min(), labels.max()
+    if low < 0 or classes and high >= classes:
+        allowed = f", but names {classes} classes" if classes else "; they start at 0"
+        raise DataError(f"{path} holds labels from {low} to {high}{allowed}")
+
+def _check_complete(folder, opened, fingerprint): # Are all shards there? False where it cannot be known
+    silent = sum("tokenizer" not in meta for _,meta in opened.values())
+    if silent:
+        warnings.warn(f"{silent} of {len(opened)} shards in {folder} do not say what they were made from (the "
+                      f"published ones do not): whether the tokenizer given, {fingerprint}, encoded them, and whether "
+                      "all are here, could not be checked")
+        return False
+    missing = missing_shards(folder)
+    if missing:
+        names = ", ".join(missing[:3])+(" …" if len(missing) > 3 else "")
+        raise DataError(f"{folder} lacks {len(missing)} of {len(missing)+len(opened)} shards ({names}); "
+                        "run the extraction to its end")
+    return True
+
+def _check_statistics(tokenizer, path): # Those beside the shards against the tokenizer's
+    if not path.exists(): return tokenizer.require_latent_stats()
     mean, std = load_latent_stats(path)
     if tokenizer.latent_mean is None:
-        raise CheckpointError(f"this tokenizer has no latent statistics; those of these latents are in {path}: give them to it with set_latent_stats(*load_latent_stats(…), how)")
-    own = tokenizer.latent_mean.cpu(), tokenizer.latent_std.cpu()
-    if mean.shape != own[0].shape: raise CheckpointError(f"{path} holds statistics of {mean.shape[1]} channels, but the tokenizer has {tokenizer.latent_dim}; they are of another tokenizer")
-    off = max(((mean-own[0]).abs()/own[1]).max().item(), (std/own[1]-1).abs().max().item())
-    if not off < 1e-3: raise CheckpointError(f"the statistics in {path} are not the tokenizer's: they differ by {off:.3g} standard deviations; "
-                                             "a model trained with one and decoded with the other gives washed-out images. Use the tokenizer that these latents were made with")
+        raise CheckpointError(f"this tokenizer has no latent statistics; those of these latents are in {path}: "
+                              "give them to it with set_latent_stats(*load_latent_stats(…), source)")
+    own_mean, own_std = tokenizer.latent_mean.cpu(), tokenizer.latent_std.cpu()
+    if mean.shape != own_mean.shape:
+        raise CheckpointError(f"{path} holds statistics of {mean.shape[1]} channels, but the tokenizer has "
+                              f"{tokenizer.latent_dim}; they are of another tokenizer")
+    off = max(((mean-own_mean).abs()/own_std).max().item(), (std/own_std-1).abs().max().item())
+    if not off < 1e-3:
+        raise CheckpointError(f"the statistics in {path} are not the tokenizer's: they differ by {off:.3g} standard "
+                              "deviations; a model trained with one and decoded with the other gives washed-out "
+                              "images. Use the tokenizer that these latents were made with")

@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'ConvStages', 'unit_channels', 'LPIPS']
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #c2aa681c
+from itertools import chain, count
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..base.errors import ConfigError, ShapeError, unknown_name
@@ -15,11 +16,21 @@ from ..base.tensors import at_least_fp32
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #fe79fe8d
 STAGES = {"vgg16": ("CC", "PCC", "PCCC", "PCCC", "PCCC"), "alexnet": ("C", "PC", "PC", "C", "C")}
 
-def _conv(weight, bias, stride=1, padding=None): # A frozen convolution; everything else follows from the weight's shape
-    o,c,k,_ = weight.shape
-    conv = nn.utils.skip_init(nn.Conv2d, c, o, k, stride=stride, padding=k//2 if padding is None else padding)
-    conv.load_state_dict(dict(weight=weight, bias=bias))
-    return conv
+def _convolutions(net, tensors): # Frozen, one after the other; all but the stride follows from the weight's shape
+    for i in count():
+        weight, bias = tensors[f"conv.{i}.weight"], tensors[f"conv.{i}.bias"]
+        n_out, n_in, k, _ = weight.shape
+        stride, padding = (4, 2) if net == "alexnet" and i == 0 else (1, k//2)
+        conv = nn.utils.skip_init(nn.Conv2d, n_in, n_out, k, stride=stride, padding=padding)
+        conv.load_state_dict(dict(weight=weight, bias=bias))
+        yield conv
+
+def _stage(net, letters, convolutions):
+    stage = nn.Sequential()
+    for letter in letters:
+        if letter == "P": stage.append(nn.MaxPool2d(3 if net == "alexnet" else 2, 2))
+        else: stage.extend([next(convolutions), nn.ReLU(inplace=True)])
+    return stage
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #cbc773d5
 class ConvStages(nn.Module):
@@ -27,46 +38,46 @@ class ConvStages(nn.Module):
     def __init__(self,
         net:str="vgg16",                    # `vgg16` or `alexnet`
         slices:int=5,                       # How many of the five stages
-        tensors:dict[str,Tensor]|None=None, # `conv.{i}.weight` and `conv.{i}.bias`; those trained on ImageNet if not given
+        tensors:dict[str,Tensor]|None=None, # `conv.{i}.weight` and `conv.{i}.bias`; else those trained on ImageNet
     ):
         super().__init__()
         if net not in STAGES: raise ConfigError(unknown_name("network", net, STAGES))
         if slices not in range(1, 6): raise ConfigError(f"slices={slices!r}, but {net} has five stages; use 1 to 5")
-        self.net,self.slices,t,i = net,slices,tensors or lpips_tensors(net),0
-        self.stages = nn.ModuleList(nn.Sequential() for _ in range(slices))
-        for stage,layers in zip(self.stages, STAGES[net]):
-            for layer in layers:
-                if layer == "P": stage.append(nn.MaxPool2d(3 if net == "alexnet" else 2, 2)); continue
-                stem = dict(stride=4, padding=2) if (net, i) == ("alexnet", 0) else {}
-                stage.extend([_conv(t[f"conv.{i}.weight"], t[f"conv.{i}.bias"], **stem), nn.ReLU(inplace=True)]); i += 1
-        for name,v in (("shift", (-.030, -.088, -.188)), ("scale", (.458, .448, .450))):
-            self.register_buffer(name, torch.tensor(v).view(1, 3, 1, 1), persistent=False)
+        self.net, self.slices = net, slices
+        convolutions = _convolutions(net, tensors or lpips_tensors(net))
+        self.stages = nn.ModuleList(_stage(net, letters, convolutions) for letters in STAGES[net][:slices])
+        self.register_buffer("shift", torch.tensor((-.030, -.088, -.188)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor((.458, .448, .450)).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).to(memory_format=torch.channels_last)
 
+    def forward(self,
+        x:Tensor,    # (b, 3, H, W) in [−1, 1]
+    )->list[Tensor]: # A map (b, C, h, w) for each stage
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.min_size:
+            raise ShapeError(f"{self.slices} stages of {self.net} take images (b, 3, H, W) of at least "
+                             f"{self.min_size} pixels a side, got {tuple(x.shape)}; give larger images or fewer slices")
+        x, maps = ((x-self.shift)/self.scale).contiguous(memory_format=torch.channels_last), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
     @property
-    def dims(self)->list[int]: return [[l.out_channels for l in s if isinstance(l, nn.Conv2d)][-1] for s in self.stages]
+    def dims(self)->list[int]: return [stage[-2].out_channels for stage in self.stages] # A ReLU is the last of each
+    @property
+    def windows(self)->list[tuple[int,int,int]]:
+        "Kernel size, stride and padding of each convolution and pooling"
+        layers = [l for l in chain(*self.stages) if not isinstance(l, nn.ReLU)]
+        return [tuple(map(_one_number, (l.kernel_size, l.stride, l.padding))) for l in layers]
     @property
     def min_size(self)->int:
         "Smallest height and width that leave one position in the last stage"
         n = 1
         for kernel,stride,padding in reversed(self.windows): n = max((n-1)*stride + kernel - 2*padding, 1)
         return n
-    @property
-    def windows(self)->list[tuple[int,int,int]]:
-        "Kernel size, stride and padding of each convolution and pooling"
-        one = lambda v: v[0] if isinstance(v, tuple) else v
-        return [(one(l.kernel_size), one(l.stride), one(l.padding)) for s in self.stages for l in s if not isinstance(l, nn.ReLU)]
-
-    def forward(self,
-        x:Tensor,    # (b, 3, H, W) in [−1, 1]
-    )->list[Tensor]: # A map (b, C, h, w) for each stage
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.min_size:
-            raise ShapeError(f"{self.slices} stages of {self.net} take images (b, 3, H, W) of at least {self.min_size} pixels a side, "
-                             f"got {tuple(x.shape)}; give larger images or fewer slices")
-        x,maps = ((x-self.shift)/self.scale).contiguous(memory_format=torch.channels_last),[]
-        for stage in self.stages: maps.append(x := stage(x))
-        return maps
     def extra_repr(self): return f"net={self.net!r}, slices={self.slices}"
+
+def _one_number(v): return v[0] if isinstance(v, tuple) else v # Convolutions hold pairs, poolings numbers
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #aa4cdd08
 def unit_channels(
@@ -78,7 +89,7 @@ def unit_channels(
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #57854649
 class LPIPS(nn.Module):
-    "Learned perceptual image patch similarity v0.1, frozen; Zhang et al. 2018, eq. 1. With fewer than five slices it is a cut, not LPIPS"
+    "Learned perceptual image patch similarity v0.1, frozen; Zhang et al. 2018. With fewer than five slices a cut of it"
     def __init__(self,
         net:str="vgg16",                    # `vgg16` (the loss) or `alexnet` (its authors' choice for reports)
         slices:int=5,                       # Stages compared; fewer are cheaper and see less far
@@ -92,7 +103,8 @@ class LPIPS(nn.Module):
     @property
     def name(self)->str:
         "What a report may call it"
-        return f"LPIPS v0.1 ({self.features.net})" if len(self.heads) == 5 else f"cut of LPIPS v0.1 ({self.features.net}, {len(self.heads)} of 5 stages)"
+        net, stages = self.features.net, len(self.heads)
+        return f"LPIPS v0.1 ({net})" if stages == 5 else f"cut of LPIPS v0.1 ({net}, {stages} of 5 stages)"
     def extra_repr(self): return self.name
 
     def units(self, x:Tensor)->list[Tensor]: # (b, 3, H, W) in [−1, 1]
@@ -108,9 +120,10 @@ class LPIPS(nn.Module):
         y:Tensor|list[Tensor], # What is compared with it, the same
     )->list[Tensor]:           # (b, 1, 1, 1) for each stage
         "The summands of the distance, stage by stage"
-        x,y = (self.units(v) if isinstance(v, Tensor) else v for v in (x, y))
-        shapes = [[tuple(f.shape) for f in v] for v in (x, y)]
-        if shapes[0] != shapes[1]: raise ShapeError(f"LPIPS compares images of one shape; their feature maps are {shapes[0]} and {shapes[1]}")
+        x, y = (self.units(v) if isinstance(v, Tensor) else v for v in (x, y))
+        x_shapes, y_shapes = ([tuple(f.shape) for f in v] for v in (x, y))
+        if x_shapes != y_shapes:
+            raise ShapeError(f"LPIPS compares images of one shape; their feature maps are {x_shapes} and {y_shapes}")
         with torch.autocast(y[0].device.type, enabled=False):
             return [F.conv2d((a-b).square(), w).mean((2, 3), keepdim=True) for a,b,w in zip(x, y, self.heads)]
 

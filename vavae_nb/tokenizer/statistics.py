@@ -16,32 +16,46 @@ from ..base.files import atomic_write
 from ..base.tensors import generator
 from ..base.foreign_files import load_torch, save_torch
 from .autoencoder import Autoencoder
-from .shards import open_shard, shard_files
+from .shards import check_maker, open_shard, shard_files
 
 # %% ../../nbs/20_tokenizer.statistics.ipynb #2af10a5d
 def latent_statistics(
     folder:str|Path, # Shards
     n:int=10_000,    # Latents to take; 0: all
     seed:int=0,      # Of the choice, where there are more
-)->tuple[Tensor,Tensor,dict]: # Mean and unbiased std of each channel, (1, d, 1, 1) float64, and how they were taken
+)->tuple[Tensor,Tensor,dict]: # Mean and unbiased std of each channel, (1, d, 1, 1) float64, and their source
     "Statistics of the unflipped latents of a folder, in one pass over the shards"
     opened = [open_shard(p) for p in shard_files(folder)]
-    total = sum(len(t["labels"]) for t,_ in opened)
+    total = sum(len(tensors["labels"]) for tensors,_ in opened)
     if not total: raise DataError(f"{folder} holds no latents to take statistics from; extract some first")
-    pick = torch.randperm(total, generator=generator(seed, "stats"))[:n].sort().values if 0 < n < total else torch.arange(total)
-    count, mean, m2, start = 0, 0., 0., 0
-    for t,_ in opened:
-        z, stop = t["latents"], start+len(t["latents"])
-        for rows in (pick[(pick >= start) & (pick < stop)]-start).split(1024):
-            if not len(rows): continue
-            o = z[rows].double().transpose(0, 1).flatten(1) # (d, b·h·w)
-            k, delta = o.shape[1], o.mean(1)-mean
-            m2 = m2 + o.var(1, correction=0)*k + delta.square()*count*k/(count+k)
-            mean, count = mean+delta*k/(count+k), count+k
-        start = stop
+    rows = torch.arange(total)
+    if 0 < n < total: rows = torch.randperm(total, generator=generator(seed, "stats"))[:n].sort().values
+    moments = 0, 0., 0.
+    for z in _pieces(opened, rows): moments = _merged(moments, _moments(z))
+    count, mean, m2 = moments
     meta = opened[0][1]
-    how = dict(n=len(pick), of=total, flips=False, sampled=True, seed=seed, data=meta.get("data", "not said"), data_fingerprint=meta.get("data_fingerprint", "not said"))
-    return mean.view(1, -1, 1, 1), (m2/(count-1)).sqrt().view(1, -1, 1, 1), how
+    source = dict(n=len(rows), of=total, flips=False, sampled=True, seed=seed, data=meta.get("data", "not said"),
+                  data_fingerprint=meta.get("data_fingerprint", "not said"))
+    return mean.view(1, -1, 1, 1), (m2/(count-1)).sqrt().view(1, -1, 1, 1), source
+
+def _pieces(opened, rows): # The latents at `rows`, counted through all shards, 1024 of a shard at a time
+    start = 0
+    for tensors,_ in opened:
+        z = tensors["latents"]
+        inside = rows[(rows >= start) & (rows < start+len(z))]-start
+        for piece in inside.split(1024):
+            if len(piece): yield z[piece]
+        start += len(z)
+
+def _moments(z): # Numbers per channel, their means, and their sums of squared deviations
+    values = z.double().transpose(0, 1).flatten(1) # (d, b·h·w)
+    n = values.shape[1]
+    return n, values.mean(1), values.var(1, correction=0)*n
+
+def _merged(a, b): # The moments of two pieces together
+    (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+    n, delta = n_a+n_b, mean_b-mean_a
+    return n, mean_a + delta*n_b/n, m2_a + m2_b + delta.square()*n_a*n_b/n
 
 # %% ../../nbs/20_tokenizer.statistics.ipynb #13cf45f3
 def save_latent_stats(
@@ -56,42 +70,47 @@ def load_latent_stats(
     path:str|Path, # A .pt file with `mean` and `std`
 )->tuple[Tensor,Tensor]: # Each (1, d, 1, 1) float32
     "Read statistics in the published form"
-    got, _ = load_torch(path)
-    found = [got.get(k) if isinstance(got, dict) else None for k in ("mean", "std")]
-    if not all(isinstance(o, Tensor) and o.ndim == 4 and o.shape == (1, o.shape[1], 1, 1) for o in found) or found[0].shape != found[1].shape:
+    contents, _ = load_torch(path)
+    if not isinstance(contents, dict): contents = {}
+    mean, std = contents.get("mean"), contents.get("std")
+    if not (_is_per_channel(mean) and _is_per_channel(std) and mean.shape == std.shape):
         raise CheckpointError(f"{path} does not hold latent statistics: `mean` and `std`, each of shape (1, d, 1, 1)")
-    return found[0].float(), found[1].float()
+    return mean.float(), std.float()
 
-def _check_maker(own, path, meta):
-    if meta.get("tokenizer", own) != own:
-        raise CheckpointError(f"{path} was encoded by tokenizer {meta['tokenizer']}, but the one given is {own}: "
-                              "its decoder does not know these latents; encode the images again with it")
+def _is_per_channel(o): return isinstance(o, Tensor) and o.ndim == 4 and o.shape == (1, o.shape[1], 1, 1)
 
+# %% ../../nbs/20_tokenizer.statistics.ipynb #14f5e8de
 def record_statistics(
     tokenizer:Autoencoder, # Receives the statistics
     folder:str|Path,       # Shards that it made; receives `latents_stats.pt` and `latents.json`
     n:int=10_000,          # Latents to take; 0: all
     seed:int=0,            # Of the choice
-    normalize:str="channel", # By each channel's mean and std; `global`: by one factor; or that factor, such as `0.18215`
+    normalize:str="channel", # By each channel's mean and std; `global`: by one factor; or that factor, as `0.18215`
 ):
     "Take the statistics of a folder, into the folder and into the tokenizer"
-    own = tokenizer.fingerprint()
-    for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
-    mean, std, how = latent_statistics(folder, n, seed)
+    _check_makers(folder, tokenizer.fingerprint())
+    mean, std, source = latent_statistics(folder, n, seed)
     if normalize != "channel":
-        std = ((std**2+mean**2).mean()-mean.mean()**2).sqrt() if normalize == "global" else 1/float(normalize)
-        mean, std, how = torch.zeros_like(mean), torch.ones_like(mean)*std, how | dict(normalize=normalize)
-    tokenizer.set_latent_stats(mean, std, how)
+        factor = _std_of_all(mean, std) if normalize == "global" else 1/float(normalize)
+        mean, std, source = torch.zeros_like(mean), torch.ones_like(mean)*factor, source | dict(normalize=normalize)
+    tokenizer.set_latent_stats(mean, std, source)
     describe_folder(tokenizer, folder)
+
+def _std_of_all(mean, std): return ((std**2+mean**2).mean()-mean.mean()**2).sqrt() # Of all channels' numbers together
 
 def describe_folder(
     tokenizer:Autoencoder, # With statistics
     folder:str|Path,       # Shards that it made
 ):
-    "Write the tokenizer's statistics, and how they were taken, beside the shards"
-    folder, own = Path(folder), tokenizer.fingerprint()
-    for p in shard_files(folder): _check_maker(own, p, open_shard(p)[1])
+    "Write the tokenizer's statistics, and what they were taken from, beside the shards"
+    folder, fingerprint = Path(folder), tokenizer.fingerprint()
+    _check_makers(folder, fingerprint)
     save_latent_stats(folder/"latents_stats.pt", tokenizer.latent_mean, tokenizer.latent_std)
-    about = dict(tokenizer=own, statistics=tokenizer.latent_how, shape=list(open_shard(shard_files(folder)[0])[0]["latents"].shape[1:]),
-                 shards=len(shard_files(folder)), versions=dict(vavae_nb=vavae_nb.__version__, torch=torch.__version__, python=platform.python_version()))
+    files = shard_files(folder)
+    versions = dict(vavae_nb=vavae_nb.__version__, torch=torch.__version__, python=platform.python_version())
+    about = dict(tokenizer=fingerprint, statistics=tokenizer.latent_stats_source,
+                 shape=list(open_shard(files[0])[0]["latents"].shape[1:]), shards=len(files), versions=versions)
     with atomic_write(folder/"latents.json") as tmp: tmp.write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+def _check_makers(folder, fingerprint):
+    for path in shard_files(folder): check_maker(path, open_shard(path)[1], fingerprint)

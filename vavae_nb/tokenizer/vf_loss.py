@@ -11,18 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..base.errors import ConfigError, ShapeError, unknown_name
 from ..base.tensors import at_least_fp32
-from .adversarial import adaptive_weight
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #fbd98c60
-def _unit(x): # Unit vectors along the channels, (b, D, h, w) -> (b, D, N), at least fp32; a zero vector stays zero
-    return F.normalize(at_least_fp32(x.flatten(2)), dim=1, eps=1e-6)
-
-def _check_maps(z, f, same): # `same` names the axes that must agree
-    if z.ndim != 4 or f.ndim != 4: raise ShapeError(f"the VF loss takes maps (b, channels, h, w); got z {tuple(z.shape)} and f {tuple(f.shape)}")
-    for i,axis in enumerate(("batch size", "channels", "height", "width")):
-        if axis in same and z.shape[i] != f.shape[i]:
-            raise ShapeError(f"z has {axis} {z.shape[i]} and f has {axis} {f.shape[i]}; they must be equal (z {tuple(z.shape)}, f {tuple(f.shape)})")
-
 def cosine_loss(
     z:Tensor,         # Projected latent z', (b, D, h, w)
     f:Tensor,         # Features of the frozen VFM, (b, D, h, w)
@@ -31,16 +21,28 @@ def cosine_loss(
     "mean relu(1 − m1 − cos(z', f)) over all positions; Yao et al. 2025, marginal cosine similarity loss"
     _check_maps(z, f, ("batch size", "channels", "height", "width"))
     with torch.autocast(z.device.type, enabled=False):
-        return F.relu(1-margin-(_unit(z)*_unit(f)).sum(1)).mean()
+        cosines = (_unit(z)*_unit(f)).sum(1)
+        return F.relu(1-margin-cosines).mean()
+
+def _unit(x): # Unit vectors along the channels, (b, D, h, w) -> (b, D, N), at least fp32; a zero vector stays zero
+    return F.normalize(at_least_fp32(x.flatten(2)), dim=1, eps=1e-6)
+
+def _check_maps(z, f, same): # `same` names the axes that must agree
+    if z.ndim != 4 or f.ndim != 4:
+        raise ShapeError(f"the VF loss takes maps (b, channels, h, w); got z {tuple(z.shape)} and f {tuple(f.shape)}")
+    for name,n_z,n_f in zip(("batch size", "channels", "height", "width"), z.shape, f.shape):
+        if name in same and n_z != n_f:
+            raise ShapeError(f"z has {name} {n_z} and f has {name} {n_f}; they must be equal "
+                             f"(z {tuple(z.shape)}, f {tuple(f.shape)})")
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #6af81793
 def distmat_loss(
     z:Tensor,         # Projected latent z', (b, D, h, w); its channels need not be as many as f's
     f:Tensor,         # Features of the frozen VFM, (b, D', h, w)
     margin:float=.25, # m2: no pull on a pair whose two cosines differ by m2 or less
-    block:int=512,    # Positions at a time where there are more; memory is b·block², see Cost
+    block:int=512,    # Positions at a time where there are more; memory is b·block², see the appendix
 )->Tensor:            # Scalar in [0, 2 − m2]
-    "mean relu(|cos(z'_p, z'_q) − cos(f_p, f_q)| − m2) over the pairs of each image; Yao et al. 2025, marginal distance matrix similarity loss"
+    "mean relu(|cos(z'_p, z'_q) − cos(f_p, f_q)| − m2) over the pairs of each image; Yao et al. 2025, eq. 3"
     _check_maps(z, f, ("batch size", "height", "width"))
     with torch.autocast(z.device.type, enabled=False):
         u, v = _unit(z), _unit(f)
@@ -59,46 +61,48 @@ class VFLoss(nn.Module):
         cos_margin:float=.5,      # m1
         distmat_margin:float=.25, # m2
         project:str="latent",     # What the 1×1 convolution maps: `latent` (d → D) or `features` (D → d)
-        vf_weight:float=.1,       # w_hyper
-        adaptive:bool=True,       # Multiply by the ratio of gradients?
+        vf_weight:float=.1,       # w_hyper, for the training
+        adaptive:bool=True,       # Is the training to multiply by the ratio of gradients?
     ):
         super().__init__()
-        if project not in ("latent", "features"): raise ConfigError(unknown_name("projection", project, ("latent", "features")))
+        if project not in ("latent", "features"):
+            raise ConfigError(unknown_name("projection", project, ("latent", "features")))
         if min(cos_weight, distmat_weight, cos_margin, distmat_margin, vf_weight) < 0:
             raise ConfigError("a weight or a margin of the VF loss is negative; each is 0 or more")
         if cos_weight == distmat_weight == 0:
-            raise ConfigError("cos_weight and distmat_weight are both 0, which leaves no VF loss; set one, or train without VFLoss")
+            raise ConfigError("cos_weight and distmat_weight are both 0, which leaves no VF loss; "
+                              "set one, or train without VFLoss")
         self.latent_dim, self.vfm_channels, self.project = latent_dim, vfm_channels, project
-        self.cos_weight, self.distmat_weight, self.cos_margin, self.distmat_margin = cos_weight, distmat_weight, cos_margin, distmat_margin
+        self.cos_weight, self.distmat_weight = cos_weight, distmat_weight
+        self.cos_margin, self.distmat_margin = cos_margin, distmat_margin
         self.vf_weight, self.adaptive = vf_weight, adaptive
-        self.proj = nn.Conv2d(*((latent_dim, vfm_channels) if project == "latent" else (vfm_channels, latent_dim)), 1, bias=False)
+        n_in, n_out = (latent_dim, vfm_channels) if project == "latent" else (vfm_channels, latent_dim)
+        self.proj = nn.Conv2d(n_in, n_out, 1, bias=False)
 
     def forward(self,
         z:Tensor,                      # A sample of the posterior, raw, (b, d, h, w)
         f:Tensor,                      # Features of the frozen VFM, (b, D, h', w'), resized to (h, w)
     )->tuple[Tensor,dict[str,Tensor]]: # Weighted sum, scalar; and each part before its weight, detached
-        _check_maps(z, f, ("batch size",))
-        for name,got,want in (("z", z.shape[1], self.latent_dim), ("f", f.shape[1], self.vfm_channels)):
-            if got != want: raise ShapeError(f"{name} has {got} channels, but this VFLoss was built for {want}")
+        self._check(z, f)
         with torch.autocast(z.device.type, enabled=False):
-            z, f = (o.to(self.proj.weight.dtype) for o in (z, f.detach()))
+            z, f = z.to(self.proj.weight.dtype), f.detach().to(self.proj.weight.dtype)
             if f.shape[2:] != z.shape[2:]: f = F.interpolate(f, z.shape[2:], mode="bilinear", antialias=True)
-            z, f = (self.proj(z), f) if self.project == "latent" else (z, self.proj(f))
-            parts = {}
-            if self.cos_weight: parts["vf_cos"] = self.cos_weight, cosine_loss(z, f, self.cos_margin)
-            if self.distmat_weight: parts["vf_distmat"] = self.distmat_weight, distmat_loss(z, f, self.distmat_margin)
-        return sum(w*l for w,l in parts.values()), {k: l.detach() for k,(_,l) in parts.items()}
+            if self.project == "latent": z = self.proj(z)
+            else: f = self.proj(f)
+            parts, weights = {}, dict(vf_cos=self.cos_weight, vf_distmat=self.distmat_weight)
+            if self.cos_weight: parts["vf_cos"] = cosine_loss(z, f, self.cos_margin)
+            if self.distmat_weight: parts["vf_distmat"] = distmat_loss(z, f, self.distmat_margin)
+        return sum(weights[k]*part for k,part in parts.items()), {k: part.detach() for k,part in parts.items()}
 
-    def scale(self,
-        nll:Tensor,    # Reconstruction loss, scalar
-        loss:Tensor,   # What `forward` returned, scalar
-        weight:Tensor, # Weight of the encoder's last convolution
-    )->Tensor:         # vf_scale = w_hyper · w_adaptive, scalar, detached
-        "What the VF loss is multiplied by: `vf_weight`, times the ratio of gradients if `adaptive`"
-        return self.vf_weight*adaptive_weight(nll, loss, weight, 1e8) if self.adaptive else torch.tensor(self.vf_weight, device=loss.device)
+    def _check(self, z, f):
+        _check_maps(z, f, ("batch size",))
+        for name,given,expected in (("z", z.shape[1], self.latent_dim), ("f", f.shape[1], self.vfm_channels)):
+            if given != expected:
+                raise ShapeError(f"{name} has {given} channels, but this VFLoss was built for {expected}")
 
     def extra_repr(self):
-        return (f"cos {self.cos_weight:g} × margin {self.cos_margin:g}, distmat {self.distmat_weight:g} × margin {self.distmat_margin:g}, "
+        return (f"cos {self.cos_weight:g} × margin {self.cos_margin:g}, "
+                f"distmat {self.distmat_weight:g} × margin {self.distmat_margin:g}, "
                 f"project={self.project}, vf_weight={self.vf_weight:g}, adaptive={self.adaptive}")
 
 # %% ../../nbs/14_tokenizer.vf_loss.ipynb #da983f63
@@ -106,23 +110,30 @@ class _Blockwise(torch.autograd.Function):
     "`distmat_loss` of unit vectors (b, D, N) and (b, D', N), and its gradients, a pair of blocks at a time"
     @staticmethod
     def forward(ctx, u, v, margin, block):
-        total, grads = 0., [torch.zeros_like(o) if need else None for o,need in zip((u, v), ctx.needs_input_grad)]
+        du, dv = (torch.zeros_like(x) if needed else None for x,needed in zip((u, v), ctx.needs_input_grad))
         blocks = [slice(i, i+block) for i in range(0, u.shape[2], block)]
-        for p,q in ((p, q) for i,p in enumerate(blocks) for q in blocks[i:]):
-            diff = u[...,p].mT@u[...,q] - v[...,p].mT@v[...,q]
-            over = F.relu(diff.abs()-margin)
-            total = total + over.sum()*(1 if p is q else 2)
-            if not any(ctx.needs_input_grad): continue
-            S = diff.sign_().mul_(over > 0)
-            for o,g,sign in ((u, grads[0], 1), (v, grads[1], -1)):
-                if g is None: continue
-                g[...,p].add_(o[...,q]@S.mT, alpha=sign)
-                if p is not q: g[...,q].add_(o[...,p]@S, alpha=sign)
-        ctx.save_for_backward(*grads)
+        total = 0.
+        for i,p in enumerate(blocks):
+            for q in blocks[i:]:
+                difference = u[...,p].mT@u[...,q] - v[...,p].mT@v[...,q] # C − G of these positions
+                excess = F.relu(difference.abs()-margin)
+                total = total + excess.sum()*(1 if p is q else 2)        # (q, p) is the same once more
+                if du is None and dv is None: continue
+                S = difference.sign_().mul_(excess > 0)
+                if du is not None: _add_force(du, u, S, p, q, 1)
+                if dv is not None: _add_force(dv, v, S, p, q, -1)
+        ctx.save_for_backward(du, dv)
         ctx.pairs = len(u)*u.shape[2]**2
         return total/ctx.pairs
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled(): raise ConfigError("the distance-matrix loss in blocks has no second derivative; give distmat_loss a block of all positions")
-        return *(o if o is None else o*(g*2/ctx.pairs) for o in ctx.saved_tensors), None, None
+        if torch.is_grad_enabled():
+            raise ConfigError("the distance-matrix loss in blocks has no second derivative; "
+                              "give distmat_loss a block of all positions")
+        du, dv = (None if d is None else d*(g*2/ctx.pairs) for d in ctx.saved_tensors)
+        return du, dv, None, None
+
+def _add_force(gradient, x, S, p, q, sign): # What the positions of p and q do to each other
+    gradient[...,p].add_(x[...,q]@S.mT, alpha=sign)
+    if p is not q: gradient[...,q].add_(x[...,p]@S, alpha=sign)
