@@ -196,7 +196,8 @@ def test_a_learner_computes_features_in_its_steps(monkeypatch):
     from vavae_nb.data.batches import Batches
     from vavae_nb.data.images import embedded
     from vavae_nb.tokenizer.autoencoder import Autoencoder
-    from vavae_nb.training.tokenizer import fit_steps, tokenizer_learner
+    from vavae_nb.training.callbacks import fit_steps
+    from vavae_nb.training.tokenizer import tokenizer_learner
     seen, images = [], embedded("train").subset(range(16))
     class Seen(FoundationModel):
         def forward(self, x):
