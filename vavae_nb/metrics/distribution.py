@@ -7,26 +7,43 @@ __all__ = ['kid', 'precision_recall', 'inception_score', 'sampling_error', 'fd_i
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d10003
 import math
+from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
 from torch import Tensor
 from ..base.errors import ConfigError, DataError, LabelError, ShapeError
 from ..base.progress import progress
-from .quality import FeatureStats, Measure, _features, fd, frechet_distance
+from .quality import FeatureStats, Measure, as_features, fd, frechet_distance
 from ..base.tensors import generator
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d1000a
-def _two(samples, reference): # float64, of one dimension; on the samples' device if that is a GPU
+def _two_sets(samples, reference): # float64, of one dimension; on the samples' device if that is a GPU
     device = samples.device if isinstance(samples, Tensor) and samples.is_cuda else "cpu"
-    a = _features(samples, device=device)
-    b = _features(reference, device=device) if len(a) else a
-    if not len(a) or not len(b): raise DataError(f"two sets of features are compared; got {len(a)} samples and {len(reference)} reference features")
-    if a.shape[1] != b.shape[1]: raise ShapeError(f"features of {a.shape[1]} and {b.shape[1]} dimensions cannot be compared; use one extractor for both")
+    a = as_features(samples, device=device)
+    b = as_features(reference, device=device) if len(a) else a
+    if not len(a) or not len(b):
+        raise DataError("two sets of features are compared; "
+                        f"got {len(a)} samples and {len(reference)} reference features")
+    if a.shape[1] != b.shape[1]:
+        raise ShapeError(f"features of {a.shape[1]} and {b.shape[1]} dimensions cannot be compared; "
+                         "use one extractor for both")
     return a, b
 
 def _steps(n, step, what): # First rows of the steps; with a bar where there are many
     starts = range(0, n, step)
     return progress(starts, what, unit="step") if len(starts) > 16 else starts
+
+def _cubic_kernel(u, v): return (u@v.T/u.shape[1]+1)**3
+
+def _squared_mmd(x, y): # Of two subsets; and what its error needs: Var_i mean_j d_ij less its noise, and the mean r_i
+    m = len(x)
+    xx,yy = (_cubic_kernel(f, f).fill_diagonal_(0) for f in (x, y))
+    xy = _cubic_kernel(x, y)
+    value = (xx.sum()+yy.sum())/(m*(m-1)) - 2*xy.mean()
+    d = (xx-xy).fill_diagonal_(0)
+    h = d.sum(1)/(m-1)
+    r = (d.square().sum(1)/(m-1) - h.square()).mean()
+    return value.item(), (h.var()-r/(m-1)).item(), r.item()
 
 def kid(
     samples:Tensor|np.ndarray,   # Features of generated images, (n, dim)
@@ -39,59 +56,83 @@ def kid(
     seed:int=2020,               # Of the subsets; torch-fidelity's by default
 )->Measure:
     "Kernel inception distance, the unbiased squared MMD with a cubic kernel; Bińkowski et al. 2018, eq. 4"
-    a,b = _two(samples, reference)
-    m = subset_size
-    if not 2 <= m <= min(len(a), len(b)) or subsets < 1: raise DataError(f"KID takes at least 1 subset of 2 or more from each set; got {subsets} of {m} from {len(a)} samples "
-                                                                       f"and {len(b)} reference features: choose subset_size={min(len(a), len(b))} or less")
-    rng, kernel = np.random.RandomState(seed), lambda u,v: (u@v.T/u.shape[1]+1)**3
-    draw = lambda f: f[torch.from_numpy(rng.choice(len(f), m, replace=False)).to(f.device)]
-    values,first,second = [],[],[]
-    for _ in _steps(subsets, 1, "KID"):
-        x,y = draw(a), draw(b)
-        xx,yy = (k.fill_diagonal_(0) for k in (kernel(x, x), kernel(y, y)))
-        xy = kernel(x, y)
-        values.append(((xx.sum()+yy.sum())/(m*(m-1)) - 2*xy.mean()).item())
-        d = (xx-xy).fill_diagonal_(0)
-        h,r = d.sum(1)/(m-1), (d.square().sum(1)/(m-1) - (d.sum(1)/(m-1)).square()).mean()
-        first.append((h.var()-r/(m-1)).item()); second.append(r.item())
-    n,std = len(a),float(np.std(values))
+    a,b = _two_sets(samples, reference)
+    n,smaller = len(a),min(len(a), len(b))
+    if not 2 <= subset_size <= smaller or subsets < 1:
+        raise DataError(f"KID takes at least 1 subset of 2 or more from each set; got {subsets} of {subset_size} "
+                        f"from {n} samples and {len(b)} reference features: choose subset_size={smaller} or less")
+    rng = np.random.RandomState(seed)
+    def draw(f): return f[torch.from_numpy(rng.choice(len(f), subset_size, replace=False)).to(f.device)]
+    values,first,second = zip(*(_squared_mmd(draw(a), draw(b)) for _ in _steps(subsets, 1, "KID")))
+    std = float(np.std(values))
     error = math.sqrt(4*max(np.mean(first), 0)/n + 2*np.mean(second)/n**2 + std**2/subsets)
-    return Measure("kid", float(np.mean(values)), n, extractor, name, note, len(b), error,
-                   dict(subsets=subsets, subset_size=m, kernel="(u·v/dim+1)^3", seed=seed, subset_std=std))
+    settings = dict(subsets=subsets, subset_size=subset_size, kernel="(u·v/dim+1)^3", seed=seed, subset_std=std)
+    return Measure("kid", float(np.mean(values)), n, extractor, name, note, len(b), error, settings)
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d1000e
-def _rough(f, centre): # Rows about a centre, in fp32 on the CPU, which takes half the time; their squared lengths
-    x = f-centre
-    s = x.square().sum(1)
-    exact = f.is_cuda or torch.get_float32_matmul_precision() != "highest" # Products in fewer bits would break the bound
-    return (x, s) if exact else (x.float(), s.float())
+@dataclass(frozen=True)
+class _Points:
+    "Features as quick distances want them: about a common centre and, on the CPU, in fp32"
+    rows:Tensor    # (n, dim)
+    squares:Tensor # Their squared lengths, (n,)
 
-def _squared(x, i, y, j): # Distances of rows i and j as one product, and a bound on its rounding (Higham 2002, sec. 3.1)
-    s = x[1][i,None]+y[1][j]
-    return torch.addmm(s, x[0][i], y[0][j].T, alpha=-2), _rounding(x)*s
+    @classmethod
+    def about(cls, features, centre):
+        rows = features-centre
+        squares = rows.square().sum(1)
+        fewer_bits = torch.get_float32_matmul_precision() != "highest" # Such products would break the bound
+        return cls(rows, squares) if features.is_cuda or fewer_bits else cls(rows.float(), squares.float())
 
-def _rounding(x): return (x[0].shape[1]/2+8)*torch.finfo(x[0].dtype).eps
+    @property
+    def rounding(self): # Of a squared distance, as a part of both squared lengths (Higham 2002, sec. 3.1)
+        return (self.rows.shape[1]/2+8)*torch.finfo(self.rows.dtype).eps
+
+def _quick_distances(a, i, b, j): # Squared distances of rows i of a from rows j of b, and a bound on their error
+    squares = a.squares[i,None]+b.squares[j]
+    return torch.addmm(squares, a.rows[i], b.rows[j].T, alpha=-2), a.rounding*squares
 
 def _blocks(n, chunk, first=0): return (slice(i, i+chunk) for i in range(first, n, chunk))
 
-def _radii(f, x, k, chunk): # Squared distance of each row to its k-th nearest other row: the nearest 2k roughly, then these exactly
-    n,few = len(f),min(2*k, len(f)-1)
-    near,who,r = x[0].new_full((n, few), math.inf),torch.zeros(n, few, dtype=torch.long, device=f.device),f.new_empty(n)
-    def closer(i, j, d):
-        v,at = d.topk(min(few, d.shape[1]), largest=False)
-        near[i],pick = torch.cat([near[i], v], 1).topk(few, largest=False)
-        who[i] = torch.cat([who[i], at+j.start], 1).gather(1, pick)
+# %% ../../nbs/43_metrics.distribution.ipynb #8263273a
+def _nearest_by_quick_distances(points, count, chunk): # Other rows nearest to each row: distances and rows, (n, count)
+    n,device = len(points.rows),points.rows.device
+    distances = points.rows.new_full((n, count), math.inf)
+    rows = torch.zeros(n, count, dtype=torch.long, device=device)
+    def merge(i, j, block): # The rows j become candidates of the rows i
+        d,column = block.topk(min(count, block.shape[1]), largest=False)
+        distances[i],best = torch.cat([distances[i], d], 1).topk(count, largest=False)
+        rows[i] = torch.cat([rows[i], column+j.start], 1).gather(1, best)
     for start in _steps(n, chunk, "neighbours within a set"):
+        i = slice(start, start+chunk)
         for j in _blocks(n, chunk, start):
-            i = slice(start, start+chunk)
-            d,_ = _squared(x, i, x, j)
-            if i == j: d.fill_diagonal_(math.inf)
-            else: closer(j, i, d.T)
-            closer(i, j, d)
-    for i in range(0, n, 64): r[i:i+64] = (f[i:i+64,None]-f[who[i:i+64]]).square().sum(2).kthvalue(k).values
-    missed = near.amax(1)-_rounding(x)*(x[1]+x[1].max()) < r # One that is not among the 2k could be nearer
-    for i in missed.nonzero().flatten().tolist(): r[i] = (f-f[i]).square().sum(1).kthvalue(k+1).values
-    return r
+            block,_ = _quick_distances(points, i, points, j)
+            if i == j: block.fill_diagonal_(math.inf)
+            else: merge(j, i, block.T)
+            merge(i, j, block)
+    return distances, rows
+
+def _radii(features, points, k, chunk): # Squared distance of each row to its k-th nearest other row, as float64 has it
+    n = len(features)
+    quick,candidates = _nearest_by_quick_distances(points, min(2*k, n-1), chunk)
+    radii = features.new_empty(n)
+    for i in range(0, n, 64):
+        differences = features[i:i+64,None]-features[candidates[i:i+64]]
+        radii[i:i+64] = differences.square().sum(2).kthvalue(k).values
+    bound = points.rounding*(points.squares+points.squares.max())
+    uncertain = quick.amax(1)-bound < radii # A row that is no candidate could be nearer
+    for i in uncertain.nonzero().flatten().tolist():
+        radii[i] = (features-features[i]).square().sum(1).kthvalue(k+1).values # The nearest is the row itself
+    return radii
+
+# %% ../../nbs/43_metrics.distribution.ipynb #b9ef2985
+def _mark_inside(inside, features, centres, radii, quick, bound): # Which features, (n,), are in one of the balls, (m,)?
+    quick_radii = radii.to(quick.dtype)
+    inside |= (quick+bound <= quick_radii).any(1)
+    undecided = ((quick-bound <= quick_radii) & ~inside[:,None]).nonzero()
+    for pairs in undecided.split(4096):
+        f,c = pairs.T
+        within = (features[f]-centres[c]).square().sum(1) <= radii[c]
+        inside[f[within]] = True
 
 def precision_recall(
     samples:Tensor|np.ndarray,   # Features of generated images, (n, dim)
@@ -103,49 +144,59 @@ def precision_recall(
     chunk:int=1024,              # Rows at a time; distances need chunk² numbers
 )->tuple[Measure,Measure]:       # Precision and recall, each in [0, 1]
     "Improved precision and recall; Kynkäänniemi et al. 2019, eqs. 1 and 2"
-    a,b = _two(samples, reference)
-    if not 1 <= k < min(len(a), len(b)): raise DataError(f"precision and recall look at {k} neighbours of each feature in its own set, so both sets need more than {k}; "
-                                                         f"got {len(a)} samples and {len(b)} reference features")
-    x,y = (_rough(f, b.mean(0)) for f in (a, b))
-    ra,rb = _radii(a, x, k, chunk),_radii(b, y, k, chunk)
-    real,covered = (torch.zeros(len(f), dtype=torch.bool, device=f.device) for f in (a, b))
+    a,b = _two_sets(samples, reference)
+    if not 1 <= k < min(len(a), len(b)):
+        raise DataError(f"precision and recall look at {k} neighbours of each feature in its own set, "
+                        f"so both sets need more than {k}; got {len(a)} samples and {len(b)} reference features")
+    centre = b.mean(0)
+    x,y = _Points.about(a, centre),_Points.about(b, centre)
+    radii_a,radii_b = _radii(a, x, k, chunk),_radii(b, y, k, chunk)
+    real = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    covered = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     for start in _steps(len(a), chunk, "neighbours across sets"):
+        i = slice(start, start+chunk)
         for j in _blocks(len(b), chunk):
-            i = slice(start, start+chunk)
-            d,bound = _squared(x, i, y, j)
-            for hit,r,own in ((real[i], rb[None,j], 0), (covered[j], ra[i,None], 1)):
-                q = r.to(d.dtype)
-                hit |= (d+bound <= q).any(1-own)
-                doubt = ((d-bound <= q) & ~hit.unsqueeze(1-own)).nonzero() # Too close to call, where it matters
-                for at in doubt.split(4096):
-                    inside = (a[i][at[:,0]]-b[j][at[:,1]]).square().sum(1) <= r.expand_as(d)[at[:,0],at[:,1]]
-                    hit[at[inside,own]] = True
-    p,r = real.double().mean().item(), covered.double().mean().item()
-    return (Measure("precision", p, len(a), extractor, name, note, len(b), math.sqrt(p*(1-p)/len(a)), dict(k=k)),
+            quick,bound = _quick_distances(x, i, y, j)
+            _mark_inside(real[i], a[i], b[j], radii_b[j], quick, bound)
+            _mark_inside(covered[j], b[j], a[i], radii_a[i], quick.T, bound.T)
+    p,r = real.double().mean().item(),covered.double().mean().item()
+    error = math.sqrt(p*(1-p)/len(a))
+    return (Measure("precision", p, len(a), extractor, name, note, len(b), error, dict(k=k)),
             Measure("recall", r, len(a), extractor, name, note, len(b), None, dict(k=k)))
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d10014
+def _split_logits(logits, rule, seed):
+    if rule == "adm": return logits.split(5000)
+    n = len(logits)
+    shuffled = logits[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
+    return [shuffled[i*n//10:(i+1)*n//10] for i in range(10)]
+
+def _score(logits): # exp mean KL(p(·|x) ‖ p̄)
+    log_p = logits.log_softmax(1)
+    log_mean = torch.logsumexp(log_p, 0)-math.log(len(log_p))
+    return math.exp((log_p.exp()*(log_p-log_mean)).sum(1).mean().item())
+
 def inception_score(
     logits:Tensor|np.ndarray, # Of the classifier, (n, classes)
     extractor:str,            # Its key, which says whether the logits have a bias
-    splits:str="adm",         # `adm`: consecutive splits of 5,000, the last one shorter; `torch-fidelity`: ten, shuffled
+    splits:str="adm",         # `adm`: consecutive ones of 5,000, the last one shorter; `torch-fidelity`: ten, shuffled
     note:str="",              # Anything else a reader must know
     seed:int=2020,            # Of torch-fidelity's shuffle; its own by default
 )->Measure:
     "Inception score, the mean over splits; Salimans et al. 2016, section 4"
-    z = _features(logits)
-    n,rules = len(z),("adm", "torch-fidelity")
+    logits = as_features(logits)
+    n,rules = len(logits),("adm", "torch-fidelity")
     if splits not in rules: raise ConfigError(f"the inception score's splits are {' or '.join(rules)}, not '{splits}'")
-    if n < 20: raise DataError(f"an inception score of {n} samples means nothing; at least 20 are asked for, and ADM's splits hold 5,000")
-    if splits == "torch-fidelity": z = z[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
-    parts = z.split(5000) if splits == "adm" else [z[i*n//10:(i+1)*n//10] for i in range(10)]
-    scores = []
-    for logp in (part.log_softmax(1) for part in parts):
-        mean = torch.logsumexp(logp, 0)-math.log(len(logp))
-        scores.append(math.exp((logp.exp()*(logp-mean)).sum(1).mean().item()))
-    std,many = float(np.std(scores)),len(scores)
-    return Measure("inception_score", float(np.mean(scores)), n, extractor, "none", note, 0, std/math.sqrt(many-1) if many > 1 else None,
-                   dict(splits=splits, number=many, split_size=len(parts[0]), seed=seed if splits == "torch-fidelity" else None, split_std=std))
+    if n < 20:
+        raise DataError(f"an inception score of {n} samples means nothing; "
+                        "at least 20 are asked for, and ADM's splits hold 5,000")
+    parts = _split_logits(logits, splits, seed)
+    scores = [_score(part) for part in parts]
+    std,number = float(np.std(scores)),len(scores)
+    error = std/math.sqrt(number-1) if number > 1 else None
+    shuffle_seed = seed if splits == "torch-fidelity" else None
+    settings = dict(splits=splits, number=number, split_size=len(parts[0]), seed=shuffle_seed, split_std=std)
+    return Measure("inception_score", float(np.mean(scores)), n, extractor, "none", note, 0, error, settings)
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d1001b
 def sampling_error(
@@ -155,13 +206,21 @@ def sampling_error(
     seed:int=0,                         # Of the halves
 )->float:
     "Standard error of a statistic over fresh samples, from its spread over random halves; Shao & Wu 1989"
-    f = _features(features)
-    if len(f) < 8 or repeats < 2: raise DataError(f"an error bar needs at least 8 samples and 2 halves of them; got {len(f)} and {repeats}")
+    f = as_features(features)
+    if len(f) < 8 or repeats < 2:
+        raise DataError(f"an error bar needs at least 8 samples and 2 halves of them; got {len(f)} and {repeats}")
     g = generator(seed, "halves")
-    values = [statistic(f[torch.randperm(len(f), generator=g)[:len(f)//2]]) for _ in range(repeats)]
-    return float(np.std(values, ddof=1))
+    def random_half(): return f[torch.randperm(len(f), generator=g)[:len(f)//2]]
+    return float(np.std([statistic(random_half()) for _ in range(repeats)], ddof=1))
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d10020
+def _extrapolated(features, reference, smallest, points, seed): # Subsets' distances, as a line in 1/size, at 1/size = 0
+    g = generator(seed, "subsets")
+    sizes = np.linspace(smallest, len(features), points).astype(int)
+    subsets = (features[torch.randperm(len(features), generator=g)[:m]] for m in sizes)
+    distances = [frechet_distance(FeatureStats.of(f), reference) for f in subsets]
+    return np.polyfit(1/sizes, distances, 1)[1].item()
+
 def fd_infinity(
     samples:Tensor|np.ndarray, # Features of generated images, (n, dim)
     reference:FeatureStats,    # Of real ones; best with many images, since its own bias stays
@@ -174,15 +233,14 @@ def fd_infinity(
     seed:int=0,                # Of subsets and halves
 )->Measure:
     "Fréchet distance extrapolated to infinitely many samples, linearly in 1/n; Chong & Forsyth 2020, section 3"
-    f,n = _features(samples, reference.dim),len(samples)
-    least = min(5000, n//2) if smallest is None else smallest
-    if not 2 <= least < n or points < 2: raise DataError(f"an extrapolation needs 2 or more sizes between 2 and n={n}; got {points} from {least}")
-    def at_infinity(f):
-        g,sizes = generator(seed, "subsets"),np.linspace(least*len(f)//n, len(f), points).astype(int)
-        values = [frechet_distance(FeatureStats.of(f[torch.randperm(len(f), generator=g)[:m]]), reference) for m in sizes]
-        return np.polyfit(1/sizes, values, 1)[1].item()
-    return Measure("fd_infinity", at_infinity(f), n, extractor, name, note, reference.n, sampling_error(at_infinity, f, repeats, seed) if repeats else None,
-                   dict(points=points, smallest=least, repeats=repeats, seed=seed))
+    f,n = as_features(samples, reference.dim),len(samples)
+    if smallest is None: smallest = min(5000, n//2)
+    if not 2 <= smallest < n or points < 2:
+        raise DataError(f"an extrapolation needs 2 or more sizes between 2 and n={n}; got {points} from {smallest}")
+    def at_infinity(f): return _extrapolated(f, reference, smallest*len(f)//n, points, seed)
+    error = sampling_error(at_infinity, f, repeats, seed) if repeats else None
+    settings = dict(points=points, smallest=smallest, repeats=repeats, seed=seed)
+    return Measure("fd_infinity", at_infinity(f), n, extractor, name, note, reference.n, error, settings)
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d10023
 def per_class_fd(
@@ -196,10 +254,18 @@ def per_class_fd(
     metric:str="fd",                    # See `fd`
 )->dict[int,Measure]:                   # By class
     "Fréchet distance of each class from the same class of the reference"
-    sets = [(_features(f), torch.as_tensor(y).cpu()) for f,y in ((samples, labels), (reference, reference_labels))]
-    for f,y in sets:
-        if y.shape != f.shape[:1]: raise ShapeError(f"each feature needs its class; got {tuple(f.shape)} features and {tuple(y.shape)} classes")
-    classes = [set(y.tolist()) for _,y in sets]
-    if classes[0] != classes[1]: raise LabelError(f"samples and reference must hold the same classes; only one of them holds {sorted(classes[0]^classes[1])[:10]}")
-    of = lambda c: (FeatureStats.of(f[y == c]) for f,y in sets)
-    return {c: fd(*of(c), extractor, name, f"class {c}" + (f"; {note}" if note else ""), metric) for c in sorted(classes[0])}
+    a,b = as_features(samples),as_features(reference)
+    y,z = torch.as_tensor(labels).cpu(),torch.as_tensor(reference_labels).cpu()
+    for f,classes in ((a, y), (b, z)):
+        if classes.shape != f.shape[:1]:
+            raise ShapeError(f"each feature needs its class; got {tuple(f.shape)} features "
+                             f"and {tuple(classes.shape)} classes")
+    classes,reference_classes = set(y.tolist()),set(z.tolist())
+    if classes != reference_classes:
+        only_one = sorted(classes^reference_classes)[:10]
+        raise LabelError(f"samples and reference must hold the same classes; only one of them holds {only_one}")
+    measures = {}
+    for c in sorted(classes):
+        class_note = f"class {c}; {note}" if note else f"class {c}"
+        measures[c] = fd(FeatureStats.of(a[y == c]), FeatureStats.of(b[z == c]), extractor, name, class_note, metric)
+    return measures

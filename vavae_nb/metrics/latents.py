@@ -16,18 +16,19 @@ from .uniformity import knn_distance_cv, latent_vectors
 from ..base.tensors import generator
 
 # %% ../../nbs/44_metrics.latents.ipynb #0662373a
-def _finite(z): # float64 on the CPU: a covariance of 64 000 vectors needs it, and the spaces are small
+def _checked_latents(z): # float64 on the CPU: a covariance of 64 000 vectors needs it, and the spaces are small
     if z.ndim != 4 or not z.numel(): raise ShapeError(f"latents must be (n, d, h, w); got {tuple(z.shape)}")
     z = z.detach().cpu().double()
-    if not z.isfinite().all(): raise DataError(f"{(~z.flatten(1).isfinite().all(1)).sum()} of {len(z)} latents hold NaN or infinite entries; check the tokenizer")
+    if bad := (~z.flatten(1).isfinite().all(1)).sum():
+        raise DataError(f"{bad} of {len(z)} latents hold NaN or infinite entries; check the tokenizer")
     return z
 
 def channel_normalised(
     latents:Tensor, # (n, d, h, w)
 )->Tensor:          # The same shape, float64
     "Each channel with mean 0 and variance 1 over images and positions; a constant channel is 0"
-    z = _finite(latents)
-    std, mean = torch.std_mean(z, (0, 2, 3), keepdim=True)
+    z = _checked_latents(latents)
+    std,mean = torch.std_mean(z, (0, 2, 3), keepdim=True)
     return torch.where(std > 1e-6*mean.abs(), (z-mean)/std, 0.)
 
 # %% ../../nbs/44_metrics.latents.ipynb #91aa3eac
@@ -35,39 +36,44 @@ def effective_rank(
     latents:Tensor, # (n, d, h, w)
 )->float:           # Between 1 and d
     "Exponential of the entropy of the covariance's eigenvalues as shares; Roy & Vetterli 2007, sec. 2"
-    w = torch.linalg.eigvalsh(_finite(latents).transpose(0, 1).flatten(1).cov(correction=0).reshape(latents.shape[1], -1)).clamp_min(0)
-    if not w.sum() > 0: raise DataError(f"all {latents.shape[1]} channels are constant; their effective rank is not defined")
-    return torch.special.entr(w/w.sum()).sum().exp().item()
+    vectors = _checked_latents(latents).transpose(0, 1).flatten(1) # (d, n·h·w)
+    d = len(vectors)
+    eigenvalues = torch.linalg.eigvalsh(vectors.cov(correction=0).reshape(d, d)).clamp_min(0)
+    if not eigenvalues.sum() > 0: raise DataError(f"all {d} channels are constant; their effective rank is not defined")
+    return torch.special.entr(eigenvalues/eigenvalues.sum()).sum().exp().item()
 
 # %% ../../nbs/44_metrics.latents.ipynb #cce4bc24
 def radial_spectrum(
     latents:Tensor, # (n, d, h, w)
-)->tuple[Tensor,Tensor]: # Frequencies in cycles a position, (k,); and each channel's mean power in that ring, summed over it, (d, k)
+)->tuple[Tensor,Tensor]: # Frequencies in cycles per position, (k,); each channel's mean power in each ring, (d, k)
     "How a channel's mean square is divided over the lengths of the frequency"
-    z = _finite(latents)
-    h, w = z.shape[2:]
+    z = _checked_latents(latents)
+    h,w = z.shape[2:]
     power = torch.fft.fft2(z, norm="ortho").abs().square().mean(0)/(h*w)
-    f = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(h), torch.fft.fftfreq(w), indexing="ij"))
-    rings = (f*max(h, w)).round().long().flatten()
-    k = torch.arange(int(rings.max())+1)
-    return k/max(h, w), torch.zeros(len(power), len(k), dtype=power.dtype).index_add_(1, rings, power.flatten(1))
+    fy,fx = torch.meshgrid(torch.fft.fftfreq(h), torch.fft.fftfreq(w), indexing="ij")
+    ring = (torch.hypot(fy, fx)*max(h, w)).round().long().flatten()
+    rings = torch.arange(int(ring.max())+1)
+    empty = torch.zeros(len(power), len(rings), dtype=power.dtype)
+    return rings/max(h, w), empty.index_add_(1, ring, power.flatten(1))
 
 def high_frequency_share(
     latents:Tensor, # (n, d, h, w)
 )->Tensor:          # (d,) in [0, 1]; 0 for a channel that is zero
     "The part of each channel's mean square at frequencies of 1/4 and above, half of the highest along an axis"
-    f, power = radial_spectrum(latents)
+    f,power = radial_spectrum(latents)
     return power[:, f >= .25].sum(1)/power.sum(1).clamp_min(torch.finfo(power.dtype).tiny)
 
 # %% ../../nbs/44_metrics.latents.ipynb #4fe5e3b8
-def _probe_data(latents, labels, every): # Standardised by the training part, and which images are held out
-    z, y = _finite(latents).flatten(1), torch.as_tensor(labels)
-    if y.shape != z.shape[:1] or y.is_floating_point(): raise ShapeError(f"{len(z)} latents need as many whole-number labels; got {y.dtype} of shape {tuple(y.shape)}")
+def _probe_data(latents, labels, every): # Training and held-out latents and labels; standardised by the training part
+    z,y = _checked_latents(latents).flatten(1),torch.as_tensor(labels)
+    if y.shape != z.shape[:1] or y.is_floating_point():
+        raise ShapeError(f"{len(z)} latents need as many whole-number labels; got {y.dtype} of shape {tuple(y.shape)}")
     test = torch.from_numpy(held_out(y.cpu().numpy(), every))
     y = y.cpu().long()
     if set(y[test].tolist())-set(y[~test].tolist()) or len(y[~test].unique()) < 2:
-        raise DataError(f"a probe needs images of two classes or more in training, and of each class that is held out; got {len(y)} images of {len(y.unique())} classes")
-    std, mean = torch.std_mean(z[~test], 0)
+        raise DataError("a probe needs images of two classes or more in training, and of each class that is held out; "
+                        f"got {len(y)} images of {len(y.unique())} classes")
+    std,mean = torch.std_mean(z[~test], 0)
     z = torch.where(std > 1e-6*mean.abs(), (z-mean)/std, 0.)
     return z[~test], y[~test], z[test], y[test]
 
@@ -78,13 +84,15 @@ def linear_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Closed-form ridge regression of the flat latent on one-hot classes; the largest output is the answer"
-    x, y, xt, yt = _probe_data(latents, labels, every)
+    x,y,x_test,y_test = _probe_data(latents, labels, every)
     if not lam > 0: raise DataError(f"a ridge penalty must be greater than 0; got {lam}")
-    t = torch.nn.functional.one_hot(y, int(max(y.max(), yt.max()))+1).double()
-    mean, a = t.mean(0), lam*len(x) # x is centred, so the intercept is the mean
-    if x.shape[1] <= len(x): W = torch.linalg.solve(x.T@x+a*torch.eye(x.shape[1], dtype=x.dtype), x.T@(t-mean))
-    else: W = x.T@torch.linalg.solve(x@x.T+a*torch.eye(len(x), dtype=x.dtype), t-mean)
-    return ((xt@W+mean).argmax(1) == yt).double().mean().item()
+    target = torch.nn.functional.one_hot(y, int(max(y.max(), y_test.max()))+1).double()
+    mean,penalty = target.mean(0),lam*len(x) # x is centred, so the intercept is the mean
+    if x.shape[1] <= len(x):
+        W = torch.linalg.solve(x.T@x+penalty*torch.eye(x.shape[1], dtype=x.dtype), x.T@(target-mean))
+    else:
+        W = x.T@torch.linalg.solve(x@x.T+penalty*torch.eye(len(x), dtype=x.dtype), target-mean)
+    return ((x_test@W+mean).argmax(1) == y_test).double().mean().item()
 
 def knn_probe(
     latents:Tensor, # (n, d, h, w)
@@ -93,14 +101,17 @@ def knn_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Vote of the k nearest training latents; of equal votes the lowest class wins"
-    x, y, xt, yt = _probe_data(latents, labels, every)
-    votes = torch.nn.functional.one_hot(y[nearest_neighbours(xt, x, min(k, len(x)))[1]], int(y.max())+1).sum(1)
-    return (votes.argmax(1) == yt).double().mean().item()
+    x,y,x_test,y_test = _probe_data(latents, labels, every)
+    _,neighbours = nearest_neighbours(x_test, x, min(k, len(x)))
+    votes = torch.nn.functional.one_hot(y[neighbours], int(y.max())+1).sum(1)
+    return (votes.argmax(1) == y_test).double().mean().item()
 
 # %% ../../nbs/44_metrics.latents.ipynb #6c165e7e
-def _pairs(a, b):
-    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b): raise ShapeError(f"alignment compares (n, d) with (n, D), row by row; got {tuple(a.shape)} and {tuple(b.shape)}")
-    a, b = (o.detach().cpu().double() for o in (a, b))
+def _centred_pair(a, b): # float64, rows of the same things
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
+        raise ShapeError("alignment compares (n, d) with (n, D), row by row; "
+                         f"got {tuple(a.shape)} and {tuple(b.shape)}")
+    a,b = a.detach().cpu().double(),b.detach().cpu().double()
     if not (a.isfinite().all() and b.isfinite().all()): raise DataError("vectors hold NaN or infinite entries")
     return a-a.mean(0), b-b.mean(0)
 
@@ -109,10 +120,14 @@ def linear_cka(
     b:Tensor, # (n, D), rows of the same things
 )->float:     # In [0, 1]
     "Linear centred kernel alignment; Kornblith et al. 2019, eq. 2 to 4"
-    a, b = _pairs(a, b)
+    a,b = _centred_pair(a, b)
     within = (a.T@a).norm()*(b.T@b).norm()
     if not within > 0: raise DataError("one of the two sets is constant; its alignment is not defined")
     return ((b.T@a).norm().square()/within).item()
+
+def _neighbourhoods(x, k): # Which rows are among each row's k nearest, (n, n)
+    _,nearest = nearest_neighbours(x, x, k, leave_one_out=True)
+    return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, nearest, True)
 
 def mutual_knn(
     a:Tensor,  # (n, d)
@@ -120,25 +135,35 @@ def mutual_knn(
     k:int=10,  # Neighbours
 )->float:      # In [0, 1]; k/(n−1) for unrelated sets
     "Mean share of common nearest neighbours; Huh et al. 2024, sec. 2"
-    near = [torch.zeros(len(o), len(o), dtype=torch.bool).scatter_(1, nearest_neighbours(o, o, k, leave_one_out=True)[1], True) for o in _pairs(a, b)]
-    return ((near[0] & near[1]).sum()/(k*len(a))).item()
+    a,b = _centred_pair(a, b)
+    return ((_neighbourhoods(a, k) & _neighbourhoods(b, k)).sum()/(k*len(a))).item()
 
 # %% ../../nbs/44_metrics.latents.ipynb #f0474142
+def _one_position(maps, seed): # A vector from one position of each image, the same positions for the same seed
+    return latent_vectors(maps, len(maps), generator(seed, "dashboard"))
+
+def _alignment(z, features, seed):
+    if features.shape[::2] != z.shape[::2] or features.shape[3:] != z.shape[3:]:
+        raise ShapeError(f"features {tuple(features.shape)} are not on the grid of latents {tuple(z.shape)}; "
+                         "give (n, D, h, w)")
+    features = features.cpu()
+    positions = torch.randperm(z[0, 0].numel(), generator=generator(seed, "positions"))
+    some = positions[:64] # Memory: 1,000 maps of DINOv2 at 16×16 are 2 GB in float64
+    def vectors(maps): return maps.flatten(2)[:, :, some].transpose(1, 2).flatten(0, 1)
+    return dict(cka=linear_cka(vectors(z), vectors(features)),
+                mutual_knn=mutual_knn(_one_position(z, seed), _one_position(features, seed)))
+
 def latent_report(
     latents:Tensor,            # (n, d, h, w), raw
     labels:Tensor,             # (n,) classes
     features:Tensor|None=None, # Of the foundation model, (n, D, h, w)
-    seed:int=0,                # Of the one position an image that uniformity and mutual kNN look at
+    seed:int=0,                # Of the one position per image that uniformity and mutual kNN look at
 )->dict[str,float]:            # Value by name; `high_frequency/i` of channel i
     "Every cheap number of a latent space that this module and `metrics.uniformity` know"
-    z, at = channel_normalised(latents), lambda o: latent_vectors(o, len(o), generator(seed, "dashboard"))
+    z = channel_normalised(latents)
     share = high_frequency_share(z)
-    out = dict(knn_distance_cv=knn_distance_cv(at(z)), effective_rank=effective_rank(z), high_frequency=share.mean().item(),
-               linear_probe=linear_probe(z, labels), knn_probe=knn_probe(z, labels))
-    if features is not None:
-        if features.shape[::2] != z.shape[::2] or features.shape[3:] != z.shape[3:]:
-            raise ShapeError(f"features {tuple(features.shape)} are not on the grid of latents {tuple(z.shape)}; give (n, D, h, w)")
-        some = torch.randperm(z[0, 0].numel(), generator=generator(seed, "positions"))[:64] # Memory: 1,000 maps of DINOv2 at 16×16 are 2 GB in float64
-        rows = lambda o: o.flatten(2)[:, :, some].transpose(1, 2).flatten(0, 1)
-        out |= dict(cka=linear_cka(rows(z), rows(features.cpu())), mutual_knn=mutual_knn(at(z), at(features.cpu())))
-    return out | {f"high_frequency/{i}": v for i,v in enumerate(share.tolist())}
+    report = dict(knn_distance_cv=knn_distance_cv(_one_position(z, seed)),
+                  effective_rank=effective_rank(z), high_frequency=share.mean().item(),
+                  linear_probe=linear_probe(z, labels), knn_probe=knn_probe(z, labels))
+    if features is not None: report |= _alignment(z, features, seed)
+    return report | {f"high_frequency/{i}": v for i,v in enumerate(share.tolist())}

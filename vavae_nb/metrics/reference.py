@@ -19,7 +19,7 @@ from ..base.files import cache_dir
 from ..base.progress import progress
 from ..data.images import Images, pixels_sha256
 from ..data.folders import image_endings
-from .features import FeatureExtractor, _not_images, extract_features, feature_batches
+from .features import FeatureExtractor, extract_features, feature_batches, image_array_error
 from .quality import FeatureStats
 from ..base.pretrained import remembered_sha256
 from ..base.processes import is_first, max_over, wait
@@ -27,11 +27,21 @@ from ..base.tensor_files import load_tensors, save_tensors
 from ..base.foreign_files import npz_array, npz_names
 
 # %% ../../nbs/78_metrics.reference.ipynb #219bef0f
-def _inspect(path):
+def _inspect(path): # The hash of a file, and the mode and size of its image
     data = path.read_bytes()
     try:
         with Image.open(io.BytesIO(data)) as im: return hashlib.sha256(data).digest(), im.mode, im.size
-    except Exception as e: raise DataError(f"{path} cannot be read as an image ({type(e).__name__}); remove it or write it again") from None # Pillow raises many kinds
+    except Exception as e: # Pillow raises many kinds
+        kind = type(e).__name__
+        raise DataError(f"{path} cannot be read as an image ({kind}); remove it or write it again") from None
+
+def _refuse_odd_ones(root, paths, values, wanted, fix): # Images that are not as the others are, by their modes or sizes
+    odd = [(path, v) for path,v in zip(paths, values) if v != wanted]
+    if odd:
+        path,value = odd[0]
+        raise DataError(f"{len(odd)} of {len(paths)} images under {root} are not {wanted}, "
+                        f"such as {path.name} ({value}); "
+                        f"{fix} first, or use vavae_nb.data.folders.folder(root, size)")
 
 class ImageFolder:
     "The images under a folder as they are, decoded when asked for; class folders give the labels"
@@ -40,19 +50,20 @@ class ImageFolder:
         workers:int=0, # Decoding threads; 0: one a core
     ):
         self.root,self.workers = Path(root),workers or os.cpu_count()
-        self.paths = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in image_endings and not p.name.startswith("."))
+        files = (p for p in self.root.rglob("*") if not p.name.startswith("."))
+        self.paths = sorted(p for p in files if p.suffix.lower() in image_endings)
         if not self.paths: raise DataError(f"no images under {root} (endings looked for: {' '.join(image_endings)})")
         with ThreadPoolExecutor(self.workers) as pool:
-            found = list(progress(pool.map(_inspect, self.paths), "reading images", len(self.paths), "image"))
-        modes,sizes = [f[1] for f in found],["%d×%d" % f[2] for f in found]
-        for what,want,fix in ((modes, "RGB", "convert them, Image.convert('RGB'),"), (sizes, sizes[0], "crop them to one size")):
-            odd = [i for i,w in enumerate(what) if w != want]
-            if odd: raise DataError(f"{len(odd)} of {len(what)} images under {root} are not {want}, such as {self.paths[odd[0]].name} ({what[odd[0]]}); "
-                                    f"{fix} first, or use vavae_nb.data.folders.folder(root, size)")
+            inspected = progress(pool.map(_inspect, self.paths), "reading images", len(self.paths), "image")
+            digests,modes,sizes = zip(*inspected)
+        sizes = ["%d×%d" % s for s in sizes]
+        _refuse_odd_ones(root, self.paths, modes, "RGB", "convert them, Image.convert('RGB'),")
+        _refuse_odd_ones(root, self.paths, sizes, sizes[0], "crop them to one size")
         parts = [p.relative_to(self.root).parts for p in self.paths]
-        self.classes = sorted({p[0] if len(p) > 1 else "" for p in parts})
-        self.labels = np.array([self.classes.index(p[0] if len(p) > 1 else "") for p in parts])
-        self.name,self.fingerprint = self.root.resolve().name,hashlib.sha256(b"".join(f[0] for f in found)).hexdigest()[:16]
+        class_names = [p[0] if len(p) > 1 else "" for p in parts]
+        self.classes = sorted(set(class_names))
+        self.labels = np.array([self.classes.index(c) for c in class_names])
+        self.name,self.fingerprint = self.root.resolve().name,hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     def __len__(self): return len(self.paths)
     def __repr__(self): return f"ImageFolder({self.name}: {len(self)} images, {len(self.classes)} classes)"
@@ -64,57 +75,67 @@ class ImageFolder:
         "The images at `indices`"
         def read(i):
             with Image.open(self.paths[i]) as im: return np.asarray(im)
-        with ThreadPoolExecutor(self.workers) as pool: x = torch.from_numpy(np.stack(list(pool.map(read, indices))))
-        x = x.permute(0, 3, 1, 2).float()/127.5-1
+        with ThreadPoolExecutor(self.workers) as pool: pixels = np.stack(list(pool.map(read, indices)))
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()/127.5-1
         return x.flip(-1) if flip else x
 
 # %% ../../nbs/78_metrics.reference.ipynb #fee7ba10
-def _of_array(pixels, name, fingerprint="", labels=None):
+def _from_array(pixels, name, fingerprint="", labels=None):
     if pixels.dtype != np.uint8 and np.issubdtype(pixels.dtype, np.floating):
-        raise DataError(f"{name} holds {pixels.dtype} images; a set to compare is of stored images: uint8, (n, H, W, 3), see tokenizer.autoencoder.to_uint8")
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3: raise _not_images(pixels)
+        raise DataError(f"{name} holds {pixels.dtype} images; a set to compare is of stored images: "
+                        "uint8, (n, H, W, 3), see tokenizer.autoencoder.to_uint8")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3: raise image_array_error(pixels)
     if not len(pixels): raise DataError(f"{name} holds no images")
     labels = np.zeros(len(pixels), int) if labels is None else np.asarray(labels)
     if labels.shape != pixels.shape[:1]: raise DataError(f"{name} holds {len(pixels)} images but {labels.size} labels")
-    numbers = labels.dtype.kind in "iu"
-    if not numbers or labels.min() < 0 or labels.max() > 10**6:
-        there = f"{labels.dtype}"+(f" from {labels.min()} to {labels.max()}" if numbers else "")
-        raise DataError(f"the labels of {name} are {there}; they must be whole numbers from 0 to a million")
-    return Images(pixels, labels, [str(i) for i in range(labels.max()+1)], name, fingerprint or pixels_sha256(pixels, []))
+    whole_numbers = labels.dtype.kind in "iu"
+    if not whole_numbers or labels.min() < 0 or labels.max() > 10**6:
+        span = f" from {labels.min()} to {labels.max()}" if whole_numbers else ""
+        raise DataError(f"the labels of {name} are {labels.dtype}{span}; "
+                        "they must be whole numbers from 0 to a million")
+    classes = [str(i) for i in range(labels.max()+1)]
+    return Images(pixels, labels, classes, name, fingerprint or pixels_sha256(pixels, []))
+
+def _from_npz(file, name):
+    names = npz_names(file)
+    if "arr_0" not in names:
+        raise DataError(f"{file} holds no images: its arrays are {', '.join(names)}, and images are called arr_0")
+    of_labels = [k for k in ("labels", "arr_1") if k in names]
+    labels = npz_array(file, of_labels[0]) if of_labels else None
+    return _from_array(npz_array(file, "arr_0"), name, remembered_sha256(file)[:16], labels)
 
 def load_images(
-    source:Any, # A folder of images, a run folder (its samples.npz), an `.npz` with `arr_0`, uint8 (n, H, W, 3), or `data.Images`
+    source:Any, # A folder of images, a run folder (its samples.npz), an `.npz` with `arr_0`, an array, or `data.Images`
 )->Any:         # With `len`, `batch`, `labels`, `name` and `fingerprint`
-    "Images as stored, from wherever they lie"
+    "Images as stored, from wherever they lie; an array is uint8, (n, H, W, 3)"
     if hasattr(source, "batch") and hasattr(source, "fingerprint"): return source
     if isinstance(source, Tensor): source = source.numpy()
-    if isinstance(source, np.ndarray): return _of_array(source, "array")
+    if isinstance(source, np.ndarray): return _from_array(source, "array")
     path = Path(source).expanduser()
     if not path.exists(): raise DataError(f"nothing at {path}; give a folder of images, a run folder or an .npz file")
-    if path.is_dir() and not (path/"samples.npz").is_file(): return ImageFolder(path)
-    file = path/"samples.npz" if path.is_dir() else path
-    if file.suffix != ".npz": raise DataError(f"{path} is neither a folder nor an .npz file")
-    if "arr_0" not in (names := npz_names(file)): raise DataError(f"{path} holds no images: its arrays are {', '.join(names)}, and images are called arr_0")
-    labels = next((npz_array(file, k) for k in ("labels", "arr_1") if k in names), None)
-    return _of_array(npz_array(file, "arr_0"), f"{path.name}/samples.npz" if path.is_dir() else path.name, remembered_sha256(file)[:16], labels)
+    if (path/"samples.npz").is_file(): return _from_npz(path/"samples.npz", f"{path.name}/samples.npz")
+    if path.is_dir(): return ImageFolder(path)
+    if path.suffix != ".npz": raise DataError(f"{path} is neither a folder nor an .npz file")
+    return _from_npz(path, path.name)
 
 # %% ../../nbs/78_metrics.reference.ipynb #4d0178d1
 class StoredStats(FeatureStats):
-    "Mean and covariance as a file stores them; of how many images it does not say, so `n` is 0 and nothing can be added"
+    "Mean and covariance as a file stores them; not of how many images, so `n` is 0 and nothing can be added"
     def __init__(self, mean, cov): # (dim,), (dim, dim)
         super().__init__()
         self.mean,self.stored = (torch.as_tensor(a, dtype=torch.float64) for a in (mean, cov))
 
     @property
     def cov(self)->Tensor: return self.stored
-    def merge(self, other): raise DataError("stored statistics do not say how many images they are of, so nothing can be added to them")
+    def merge(self, other):
+        raise DataError("stored statistics do not say how many images they are of, so nothing can be added to them")
     update = merge
 
-def _stats_tensors(stats, end=""): return {} if stats is None else {f"mean{end}": stats.mean, f"cov{end}": stats.cov}
+def _stats_to_tensors(stats, end=""): return {} if stats is None else {f"mean{end}": stats.mean, f"cov{end}": stats.cov}
 
-def _stats_from(tensors, n, end=""):
-    if f"mean{end}" not in tensors: return None
-    mean,cov = tensors[f"mean{end}"],tensors[f"cov{end}"]
+def _stats_from_tensors(tensors, n, end=""): # `None` where they are not there
+    mean,cov = tensors.get(f"mean{end}"),tensors.get(f"cov{end}")
+    if mean is None or cov is None: return None
     return FeatureStats.from_moments(mean, cov, n) if n else StoredStats(mean, cov)
 
 # %% ../../nbs/78_metrics.reference.ipynb #5aeb2ec0
@@ -128,7 +149,7 @@ class Reference:
     extractor:str                   # Key of the extractor
     stats:FeatureStats              # Of the pooled features
     spatial:FeatureStats|None=None  # Of the spatial features, for sFID
-    images:Any=None                 # The images, where the source holds them: precision, recall and KID need features of each
+    images:Any=None                 # The images, where the source holds them, since KID needs features of each
     note:str=""                     # Where the statistics come from, if not from these images
 
     def __str__(self): return f"{self.name} {self.fingerprint}" + (f" ({self.note})" if self.note else "")
@@ -138,7 +159,8 @@ class Reference:
     )->"Reference":
         "Refuse another extractor than this reference was measured with"
         if extractor.key != self.extractor:
-            raise DataError(f"the reference {self.name} was measured with\n  {self.extractor}\nand the samples with\n  {extractor.key}\nUse one extractor for both")
+            raise DataError(f"the reference {self.name} was measured with\n  {self.extractor}\n"
+                            f"and the samples with\n  {extractor.key}\nUse one extractor for both")
         return self
 
     def features(self,
@@ -146,65 +168,89 @@ class Reference:
         **kwargs,                   # For `extract_features`
     )->np.ndarray:                  # (n, dim)
         "Features of the reference's images, one row each"
-        if self.check(extractor).images is None: raise DataError(f"{self.name} holds statistics only; precision, recall and KID need its images")
+        if self.check(extractor).images is None:
+            raise DataError(f"{self.name} holds statistics only; precision, recall and KID need its images")
         return extract_features(extractor, self.images, **kwargs)
 
     def save(self,
         path:str|Path, # A `.safetensors` file, for `load_reference`
     ):
         "Write the statistics with their provenance"
-        meta = dict(kind=_kind, name=self.name, fingerprint=self.fingerprint, extractor=self.extractor, n=self.stats.n, note=self.note)
-        save_tensors(path, _stats_tensors(self.stats)|_stats_tensors(self.spatial, "_s"), meta)
+        meta = dict(kind=_kind, name=self.name, fingerprint=self.fingerprint, extractor=self.extractor,
+                    n=self.stats.n, note=self.note)
+        save_tensors(path, _stats_to_tensors(self.stats) | _stats_to_tensors(self.spatial, "_s"), meta)
 
 # %% ../../nbs/78_metrics.reference.ipynb #35a91b45
-def _saved(path, extractor, images=None):
-    t,meta = load_tensors(path)
+def _read_saved(path, extractor, images=None):
+    tensors,meta = load_tensors(path)
     if meta.get("kind") != _kind: raise DataError(f"{path} is not a saved reference")
     kinds = dict(name=str, fingerprint=str, extractor=str, n=int, note=str)
-    whole = {"mean", "cov"} <= t.keys() and ("mean_s" in t) == ("cov_s" in t)
-    if not whole or not all(isinstance(meta.get(k), kind) for k,kind in kinds.items()):
+    complete = {"mean", "cov"} <= tensors.keys() and ("mean_s" in tensors) == ("cov_s" in tensors)
+    if not complete or not all(isinstance(meta.get(k), kind) for k,kind in kinds.items()):
         raise DataError(f"{path} lacks a part of a saved reference; save it again")
-    return Reference(meta["name"], meta["fingerprint"], meta["extractor"], _stats_from(t, meta["n"]), _stats_from(t, meta["n"], "_s"), images, meta["note"]).check(extractor)
+    stats,spatial = (_stats_from_tensors(tensors, meta["n"], end) for end in ("", "_s"))
+    reference = Reference(meta["name"], meta["fingerprint"], meta["extractor"], stats, spatial, images, meta["note"])
+    return reference.check(extractor)
 
-def _numbers(path, name):
-    a = npz_array(path, name)
-    if a.dtype.kind != "f": raise DataError(f"{path} holds {a.dtype} under {name}; statistics are floats")
-    return np.array(a, np.float64)
+def _read_moments(path, names, end, dim): # ADM's mu and sigma, or which of them are there, by our names
+    moments = {}
+    for ours,theirs,shape in ((f"mean{end}", f"mu{end}", (dim,)), (f"cov{end}", f"sigma{end}", (dim, dim))):
+        if theirs not in names: continue
+        a = npz_array(path, theirs)
+        if a.dtype.kind != "f": raise DataError(f"{path} holds {a.dtype} under {theirs}; statistics are floats")
+        if a.shape != shape:
+            raise DataError(f"{path} holds statistics of another extractor: {ours} is {a.shape}, expected {shape}")
+        if not np.isfinite(a).all(): raise DataError(f"{path} holds NaN or infinity in {ours}")
+        moments[ours] = np.array(a, np.float64)
+    return moments
 
-def _adm(path, extractor, names): # A file that holds statistics; None if they are of another extractor but it holds images, too
-    if (extractor.name, extractor.image_size, extractor.filter) != ("inception", 299, "bilinear-tf1"):
-        if "arr_0" in names: return None
-        raise DataError(f"{path} holds statistics of the 2015 Inception, and no images; they cannot be compared with\n  {extractor.key}")
-    t = {ours+end: _numbers(path, theirs+end) for ours,theirs in (("mean", "mu"), ("cov", "sigma")) for end in ("", "_s") if theirs+end in names}
-    for end,d in (("", extractor.dim), ("_s", extractor.spatial_dim)):
-        for k,shape in ((f"mean{end}", (d,)), (f"cov{end}", (d, d))):
-            if k in t and t[k].shape != shape: raise DataError(f"{path} holds statistics of another extractor: {k} is {t[k].shape}, expected {shape}")
-            if k in t and not np.isfinite(t[k]).all(): raise DataError(f"{path} holds NaN or infinity in {k}")
-            if not end and k not in t: raise DataError(f"{path} holds mu or sigma, but not both")
-    return Reference(path.name, remembered_sha256(path)[:16], extractor.key, _stats_from(t, 0), _stats_from(t, 0, "_s") if "cov_s" in t else None,
-                     load_images(path) if "arr_0" in names else None, "statistics as stored in the file")
+def _is_adms(extractor): # The one that ADM's statistics are of
+    return (extractor.name, extractor.image_size, extractor.filter) == ("inception", 299, "bilinear-tf1")
+
+def _read_adm(path, extractor, names):
+    moments = _read_moments(path, names, "", extractor.dim)
+    if len(moments) < 2: raise DataError(f"{path} holds mu or sigma, but not both")
+    moments |= _read_moments(path, names, "_s", extractor.spatial_dim)
+    stats,spatial = (_stats_from_tensors(moments, 0, end) for end in ("", "_s"))
+    images = load_images(path) if "arr_0" in names else None
+    return Reference(path.name, remembered_sha256(path)[:16], extractor.key, stats, spatial, images,
+                     "statistics as stored in the file")
+
+# %% ../../nbs/78_metrics.reference.ipynb #b431e14a
+def _measured(images, extractor, batch_size): # A reference's statistics, streamed
+    with_spatial = bool(extractor.spatial_dim)
+    stats,spatial = FeatureStats(),FeatureStats() if with_spatial else None
+    for pooled,*maps in feature_batches(extractor, images, batch_size, spatial=with_spatial):
+        stats.update(pooled)
+        if with_spatial: spatial.update(maps[0])
+    return Reference(images.name, images.fingerprint, extractor.key, stats, spatial, images)
+
+def _cached(images, extractor, batch_size): # Measured if any process lacks it
+    key = repr((1, extractor.key, images.fingerprint, len(images), extractor.device.type))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    path = cache_dir("references")/f"{extractor.name}-{digest}.safetensors"
+    try: reference = _read_saved(path, extractor, images)
+    except (CheckpointError, DataError): reference = None # Not there, or damaged; it can be computed again
+    if max_over(torch.tensor(float(reference is None), device=extractor.device)):
+        reference = _measured(images, extractor, batch_size)
+        if is_first(): reference.save(path)
+        wait()
+    return reference
 
 def load_reference(
-    source:Any,                 # As for `load_images`; or an `.npz` with `mu` and `sigma`, or a file of `Reference.save`
+    source:Any,                 # As for `load_images`, an `.npz` with `mu` and `sigma`, or what `Reference.save` wrote
     extractor:FeatureExtractor, # On the device where it should run
     batch_size:int=64,          # Images at a time
 )->Reference:                   # With spatial statistics where the extractor has such features
     "A reference set's statistics for one extractor; computed ones are kept in the cache"
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    if path is not None and path.suffix == ".safetensors": return _saved(path, extractor)
-    if path is not None and path.suffix == ".npz" and path.is_file() and {"mu", "sigma"} & set(names := npz_names(path)):
-        if ref := _adm(path, extractor, names): return ref
+    if path is not None and path.suffix == ".safetensors": return _read_saved(path, extractor)
+    names = npz_names(path) if path is not None and path.suffix == ".npz" and path.is_file() else ()
+    if {"mu", "sigma"} & set(names):
+        if _is_adms(extractor): return _read_adm(path, extractor, names)
+        if "arr_0" not in names: # Otherwise its images are measured
+            raise DataError(f"{path} holds statistics of the 2015 Inception, and no images; "
+                            f"they cannot be compared with\n  {extractor.key}")
     images = load_images(source)
     if len(images) < 2: raise DataError(f"{images.name} holds {len(images)} image; a covariance needs at least 2")
-    key = repr((1, extractor.key, images.fingerprint, len(images), extractor.device.type))
-    kept = cache_dir("references")/f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    try: ref = _saved(kept, extractor, images)
-    except (CheckpointError, DataError): ref = None # Not there, or damaged; it can be computed again
-    if not max_over(torch.tensor(float(ref is None), device=extractor.device)): return ref
-    stats = [FeatureStats() for _ in range(1+bool(extractor.spatial_dim))]
-    for batch in feature_batches(extractor, images, batch_size, spatial=bool(extractor.spatial_dim)):
-        for s,f in zip(stats, batch): s.update(f)
-    ref = Reference(images.name, images.fingerprint, extractor.key, *stats, *[None]*(2-len(stats)), images=images)
-    if is_first(): ref.save(kept)
-    wait()
-    return ref
+    return _cached(images, extractor, batch_size)

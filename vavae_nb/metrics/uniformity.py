@@ -27,14 +27,16 @@ def latent_vectors(
     "One latent vector from a random position of each of `n` images, normalised channel by channel"
     if latents.ndim != 4: raise ShapeError(f"latents must be (n, d, h, w); got {tuple(latents.shape)}")
     N,d,h,w = latents.shape
-    if not 2 <= n <= N: raise DataError(f"one vector an image is taken, so n must be between 2 and the {N} latents given; got n={n}")
+    if not 2 <= n <= N:
+        raise DataError(f"one vector an image is taken, so n must be between 2 and the {N} latents given; got n={n}")
     device = generator.device if generator is not None else "cpu"
     image = torch.randperm(N, generator=generator, device=device)[:n].to(latents.device)
-    at = torch.randint(h*w, (n,), generator=generator, device=device).to(latents.device)
-    v = latents[image, :, at//w, at%w].float()
+    position = torch.randint(h*w, (n,), generator=generator, device=device).to(latents.device)
+    v = latents[image, :, position//w, position%w].float()
     if not v.isfinite().all(): raise DataError("latents hold NaN or infinite entries; check the tokenizer")
     std,mean = torch.std_mean(v, 0)
-    return torch.where(std > 1e-6*mean.abs(), (v-mean)/std, torch.zeros_like(v)) # A constant channel carries nothing: 0, not rounding error / 0
+    constant = ~(std > 1e-6*mean.abs()) # Carries nothing: 0, not rounding error / 0
+    return torch.where(constant, torch.zeros_like(v), (v-mean)/std)
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #7a0c2426
 def tsne_2d(
@@ -44,13 +46,24 @@ def tsne_2d(
 )->Tensor:                # (n, 2)
     "Two-dimensional t-SNE of scikit-learn, with its defaults; van der Maaten & Hinton 2008"
     if vectors.ndim != 2: raise ShapeError(f"vectors must be (n, d); got {tuple(vectors.shape)}")
-    if len(vectors) <= 3*perplexity: raise DataError(f"t-SNE of perplexity {perplexity:g} needs more than {3*perplexity:g} vectors; got {len(vectors)}")
+    if len(vectors) <= 3*perplexity:
+        raise DataError(f"t-SNE of perplexity {perplexity:g} needs more than {3*perplexity:g} vectors; "
+                        f"got {len(vectors)}")
     x = vectors.detach().cpu().float()
     if not x.isfinite().all(): raise DataError("vectors hold NaN or infinite entries")
     tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed % 2**32)
-    with threadpool_limits(1): return torch.from_numpy(tsne.fit_transform(x.numpy())) # The number of threads changes the order of sums, and so the layout
+    with threadpool_limits(1): # The number of threads changes the order of sums, and so the layout
+        return torch.from_numpy(tsne.fit_transform(x.numpy()))
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #11858eff
+def _covariance_root(x): # Lower triangular L with L Lᵀ the covariance of the rows
+    n,d = x.shape
+    L,failed = torch.linalg.cholesky_ex(x.T.cov().reshape(d, d)) if n > d else (None, 1)
+    if failed or not x.isfinite().all() or (L.diagonal() <= 1e-7*x.std(0)).any(): # 1e-7: a variance of rounding error
+        raise DataError("a density needs finite points that do not all lie on a line; "
+                        f"got {n} points in {d} dimensions whose covariance is singular")
+    return L
+
 def kde_at_points(
     points:Tensor,  # (n, d), d small
     chunk:int=256,  # Points at a time; memory is chunk²
@@ -59,39 +72,39 @@ def kde_at_points(
     if points.ndim != 2: raise ShapeError(f"points must be (n, d); got {tuple(points.shape)}")
     x = points.detach().cpu().double()
     n,d = x.shape
-    L,info = torch.linalg.cholesky_ex(x.T.cov().reshape(d, d)) if n > d else (None, 1)
-    if info or not x.isfinite().all() or (L.diagonal() <= 1e-7*x.std(0)).any(): # 1e-7: a variance of rounding error
-        raise DataError(f"a density needs finite points that do not all lie on a line; got {n} points in {d} dimensions whose covariance is singular")
-    L = L*n**(-1/(d+4)) # Scott: bandwidth n^(−1/(d+4)) in units of the covariance
+    L = _covariance_root(x)*n**(-1/(d+4)) # Scott: bandwidth n^(−1/(d+4)) in units of the covariance
     z = torch.linalg.solve_triangular(L, (x-x.mean(0)).T, upper=False).T
-    s,one = -.5*z.square().sum(1, keepdim=True), torch.ones(n, 1, dtype=z.dtype)
-    a,b,p = torch.cat([z, s, one], 1).split(chunk), torch.cat([z, one, s], 1).split(chunk), list(z.new_zeros(n).split(chunk))
-    for i in range(len(a)):
-        for j in range(i, len(a)): # The kernel is symmetric
-            k = (a[i]@b[j].T).exp_() # exp(−‖z_i − z_j‖²/2)
-            p[i] += k.sum(1)
-            if i != j: p[j] += k.sum(0)
-    return torch.cat(p)/(n*(2*math.pi)**(d/2)*L.diagonal().prod())
+    half,one = -.5*z.square().sum(1, keepdim=True),torch.ones(n, 1, dtype=z.dtype)
+    left = torch.cat([z, half, one], 1).split(chunk)  # left_i · right_j = −‖z_i − z_j‖²/2
+    right = torch.cat([z, one, half], 1).split(chunk)
+    sums = list(z.new_zeros(n).split(chunk))
+    for i in range(len(left)):
+        for j in range(i, len(left)): # The kernel is symmetric
+            kernel = (left[i]@right[j].T).exp_()
+            sums[i] += kernel.sum(1)
+            if i != j: sums[j] += kernel.sum(0)
+    return torch.cat(sums)/(n*(2*math.pi)**(d/2)*L.diagonal().prod())
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #dbd7ec65
-def _positive(p): # float64; a density is not negative and not all zero
+def _as_density(p): # In float64; a density is not negative and not all zero
     p = torch.as_tensor(p).detach().cpu().double().flatten()
     if len(p) < 2 or not p.isfinite().all() or p.min() < 0 or p.sum() == 0:
-        raise DataError(f"densities must be at least two finite numbers, none negative and not all zero; got {len(p)} numbers")
+        raise DataError("densities must be at least two finite numbers, none negative and not all zero; "
+                        f"got {len(p)} numbers")
     return p
 
 def density_cv(
     p:Tensor, # Densities at the points, (n,)
 )->float:     # 0 for equal densities
     "Coefficient of variation: standard deviation over mean"
-    p = _positive(p)
+    p = _as_density(p)
     return (p.std(correction=0)/p.mean()).item()
 
 def gini(
     p:Tensor, # Densities at the points, (n,)
 )->float:     # 0 for equal densities, 1 − 1/n if one point has all
     "Gini coefficient: mean absolute difference of two points' densities over twice their mean"
-    p = _positive(p).sort().values
+    p = _as_density(p).sort().values
     n = len(p)
     return ((2*torch.arange(1, n+1, dtype=p.dtype)-n-1)@p/(n*p.sum())).item()
 
@@ -99,7 +112,7 @@ def normalised_entropy(
     p:Tensor, # Densities at the points, (n,)
 )->float:     # 1 for equal densities, 0 if one point has all
     "Entropy of the densities' shares, over its maximum log2(n)"
-    p = _positive(p)
+    p = _as_density(p)
     return (torch.special.entr(p/p.sum()).sum()/math.log(len(p))).item()
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #a5020682
@@ -118,26 +131,30 @@ def knn_distance_cv(
 # %% ../../nbs/42_metrics.uniformity.ipynb #64faca51
 def uniformity(
     latents:Tensor,       # (N, d, h, w)
-    n:int=10000,          # Vectors a run, one an image; figures of another n are not comparable
+    n:int=10000,          # Vectors per run, one an image; figures of another n are not comparable
     runs:int=10,          # Runs, each with new positions and a new t-SNE seed
     seed:int=0,           # Of the first run
     perplexity:float=30., # Of t-SNE
-)->dict[str,float|None]:  # Mean and `…_std` over the runs of the three measures and `knn_distance_cv` (`None` for one run), and the settings
-    "Uniformity of a latent space as published (Table 6): t-SNE to two dimensions, density there, three measures of its spread; and the companion"
-    measures = dict(density_cv=density_cv, gini=gini, normalised_entropy=normalised_entropy)
+)->dict[str,float|None]:  # Mean and `…_std` of each measure over the runs (`None` for one run), and the settings
+    "Uniformity as published (Table 6): t-SNE to two dimensions, density, three measures of its spread; and a companion"
     if runs < 1: raise DataError(f"uniformity is a mean over at least one run; got runs={runs}")
-    def one(run):
+    def measure(run):
         v = latent_vectors(latents, n, make_generator(run, "uniformity"))
         p = kde_at_points(tsne_2d(v, run, perplexity))
-        return [f(p) for f in measures.values()]+[knn_distance_cv(v)]
-    with threadpool_limits(1), ThreadPoolExecutor(min(runs, os.cpu_count())) as pool: # A core a run
-        done = pool.map(one, range(seed, seed+runs))
-        rows,names = np.array(list(progress(done, "uniformity", runs, "run") if n*runs > 20000 else done)),[*measures, "knn_distance_cv"]
+        return density_cv(p), gini(p), normalised_entropy(p), knn_distance_cv(v)
+    names = ("density_cv", "gini", "normalised_entropy", "knn_distance_cv")
+    with threadpool_limits(1), ThreadPoolExecutor(min(runs, os.cpu_count())) as pool: # One core per run
+        results = pool.map(measure, range(seed, seed+runs))
+        if n*runs > 20000: results = progress(results, "uniformity", runs, "run")
+        rows = np.array(list(results))
     std = rows.std(0, ddof=1).tolist() if runs > 1 else [None]*len(names)
     published = (n, runs, perplexity) == (10000, 10, 30)
-    return {**dict(zip(names, rows.mean(0).tolist())), **{f"{k}_std": v for k,v in zip(names, std)},
-            "n": n, "runs": runs, "seed": seed, "perplexity": perplexity, "protocol": "as published" if published else "quick variant",
-            "tsne": f"scikit-learn {sklearn.__version__}, Barnes-Hut, PCA start"}
+    return {
+        **dict(zip(names, rows.mean(0).tolist())),
+        **{f"{k}_std": v for k,v in zip(names, std)},
+        "n": n, "runs": runs, "seed": seed, "perplexity": perplexity,
+        "protocol": "as published" if published else "quick variant",
+        "tsne": f"scikit-learn {sklearn.__version__}, Barnes-Hut, PCA start"}
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #a0a887c3
 def plot_density(
@@ -148,7 +165,9 @@ def plot_density(
     "The points, coloured by their density over its mean"
     if ax is None: ax = plt.subplots(figsize=(3.2, 2.8))[1]
     p = density/density.mean()
-    s = ax.scatter(*points.T, c=p, s=max(1., 4000/len(p)), vmin=0, vmax=max(2., p.max().item()), cmap="viridis", lw=0)
-    ax.figure.colorbar(s, ax=ax, label="density / mean")
-    ax.set(xticks=[], yticks=[]); ax.set_aspect("equal", "datalim")
+    size,largest = max(1., 4000/len(p)),max(2., p.max().item())
+    dots = ax.scatter(*points.T, c=p, s=size, vmin=0, vmax=largest, cmap="viridis", lw=0)
+    ax.figure.colorbar(dots, ax=ax, label="density / mean")
+    ax.set(xticks=[], yticks=[])
+    ax.set_aspect("equal", "datalim")
     return ax

@@ -8,13 +8,13 @@ __all__ = ['class_labels', 'image_batches', 'generate_images', 'load_pair']
 # %% ../../nbs/74_sampling.drawing.ipynb #6e6cc14a
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 import numpy as np, torch
 from torch import Tensor
 from ..recipes.config import Sampling
-from ..base.errors import CheckpointError, ConfigError, LabelError, VavaeError
-from ..base.errors import unknown_name
+from ..base.errors import CheckpointError, ConfigError, LabelError, VavaeError, unknown_name
 from ..base.progress import progress as progress_bar
 from ..dit.model import LightningDiT
 from ..flow.ddpm import ddpm_sample
@@ -27,6 +27,15 @@ from ..base.tensors import autocast, generator
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 
 # %% ../../nbs/74_sampling.drawing.ipynb #c1fec638
+def _class_index(name, num_classes, names):
+    if name in (names or ()): return names.index(name) # First, since a class may be called "7"
+    if re.fullmatch(r"[+-]?\d+", name):
+        if 0 <= int(name) < num_classes: return int(name)
+        raise LabelError(f"class {name} is outside 0…{num_classes-1}: the model has {num_classes} classes")
+    if names: raise LabelError(unknown_name("class", name, names)+"; or balanced, random, or an index")
+    raise LabelError(f"unknown class '{name}': these weights carry no names of classes, "
+                     f"so give indices in 0…{num_classes-1}, balanced or random")
+
 def class_labels(
     spec:str="balanced",        # `balanced`, `random`, or indices and names with commas between: `3,7,horse`
     n:int=1,                    # How many labels, at least 1
@@ -37,18 +46,23 @@ def class_labels(
     "The label of each image by its index"
     if n < 1: raise ConfigError(f"{n} images asked for; give a number of at least 1")
     if spec == "random": return torch.randint(num_classes, (n,), generator=generator(seed, "labels"))
-    chosen = range(num_classes) if spec == "balanced" else [_class_index(c.strip(), num_classes, names) for c in spec.split(",")]
-    return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
-
-def _class_index(name, num_classes, names):
-    if name in (names or ()): return names.index(name) # First, since a class may be called "7"
-    if re.fullmatch(r"[+-]?\d+", name):
-        if 0 <= int(name) < num_classes: return int(name)
-        raise LabelError(f"class {name} is outside 0…{num_classes-1}: the model has {num_classes} classes")
-    if names: raise LabelError(unknown_name("class", name, names)+"; or balanced, random, or an index")
-    raise LabelError(f"unknown class '{name}': these weights carry no names of classes, so give indices in 0…{num_classes-1}, balanced or random")
+    if spec == "balanced": classes = range(num_classes)
+    else: classes = [_class_index(c.strip(), num_classes, names) for c in spec.split(",")]
+    return torch.tensor(classes)[torch.arange(n) % len(classes)]
 
 # %% ../../nbs/74_sampling.drawing.ipynb #483f17fc
+def _latent_sampler(model, sampling, path, prediction, guided, points): # A sampler of `flow` with all that is set
+    if path not in (known := (*paths, "ddpm")): raise ConfigError(unknown_name("path", path, known))
+    points = points or sampling.points
+    if path == "ddpm": sampler = partial(ddpm_sample, n_steps=points, method=sampling.solver)
+    else:
+        sampler = partial(sample, n_points=points, shift=sampling.shift, solver=sampling.solver,
+                          path=paths[path], prediction=prediction)
+    if guided:
+        sampler = partial(sampler, cfg_scale=sampling.cfg_scale, cfg_interval=sampling.cfg_interval,
+                          channels=sampling.cfg_channels or None)
+    return partial(sampler, null_class=model.null_class, progress=False)
+
 def image_batches(
     model:LightningDiT,       # Best with its averaged weights
     tok:Autoencoder,          # Decodes, with its latent statistics
@@ -68,30 +82,25 @@ def image_batches(
     "Images for labels, a batch at a time; image i is decided by seed, `first_index` + i, label and settings"
     if batch_size < 1: raise ConfigError(f"batches of {batch_size} images asked for; give at least 1")
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
-    how = dict(path=path, prediction=prediction, seed=seed, device=device, precision=precision, guided=guided, points=points)
-    _draw(model, tok, labels[:0], sampling, first_index, **how) # Its checks, before any work
-    n, k = len(labels), -(-len(labels)//batch_size)
+    shape = (model.in_channels, model.input_size, model.input_size)
+    sampler = _latent_sampler(model, sampling, path, prediction, guided, points)
+    def draw(labels, first): # For no labels only the checks
+        with torch.no_grad(), evaluating(tok), autocast(device, precision):
+            z = sampler(model, labels, shape, seed=seed, first_index=first, batch_size=len(labels) or 1, device=device)
+            x = tok.decode(z.float()) if len(z) else z
+        if not x.isfinite().all():
+            raise VavaeError(f"of the images {first}…{first+len(labels)-1} some are not finite, "
+                             "though their latents are; check the tokenizer's weights, then try fp32")
+        return to_uint8(x).cpu().numpy()
+    draw(labels[:0], first_index) # Before any work
+    n,batches = len(labels),-(-len(labels)//batch_size)
     with progress_bar(desc="sampling", total=n, unit="image") if progress else nullcontext() as bar:
-        for i in range(k):
-            lo, hi = n*i//k, n*(i+1)//k
-            yield _draw(model, tok, labels[lo:hi], sampling, first_index+lo, **how)
-            if bar is not None: bar.update(hi-lo)
+        for i in range(batches):
+            start,stop = n*i//batches,n*(i+1)//batches
+            yield draw(labels[start:stop], first_index+start)
+            if bar is not None: bar.update(stop-start)
 
 # %% ../../nbs/74_sampling.drawing.ipynb #ed6754bc
-def _draw(model, tok, y, s, first, path, prediction, seed, device, precision, guided, points):
-    "One batch, uint8 on the CPU; for no labels only the checks"
-    if path not in (known := (*paths, "ddpm")): raise ConfigError(unknown_name("path", path, known))
-    shape, points = (model.in_channels, model.input_size, model.input_size), points or s.points
-    kw = dict(null_class=model.null_class, seed=seed, first_index=first, batch_size=len(y) or 1, device=device, progress=False)
-    if guided: kw |= dict(cfg_scale=s.cfg_scale, cfg_interval=s.cfg_interval, channels=s.cfg_channels or None)
-    with torch.no_grad(), evaluating(tok), autocast(device, precision):
-        if path == "ddpm": z = ddpm_sample(model, y, shape, n_steps=points, method=s.solver, **kw)
-        else: z = sample(model, y, shape, n_points=points, shift=s.shift, solver=s.solver, path=paths[path], prediction=prediction, **kw)
-        if not len(z): return None
-        x = tok.decode(z.float())
-    if not x.isfinite().all(): raise VavaeError(f"of the images {first}…{first+len(y)-1} some are not finite, though their latents are; check the tokenizer's weights, then try fp32")
-    return to_uint8(x).cpu().numpy()
-
 def generate_images(
     model:LightningDiT, # As for `image_batches`
     tok:Autoencoder,
@@ -100,14 +109,23 @@ def generate_images(
     **kw,               # Any other argument of `image_batches`
 )->np.ndarray:          # uint8 (n, H, W, 3)
     "Images for labels as one array"
-    out, at = None, 0
+    images,done = None,0
     for x in image_batches(model, tok, labels, sampling, **kw):
-        if out is None: out = np.empty((len(labels), *x.shape[1:]), np.uint8)
-        out[at:at+len(x)] = x; at += len(x)
-    if out is None: raise ConfigError("no labels, no images: give at least one label")
-    return out
+        if images is None: images = np.empty((len(labels), *x.shape[1:]), np.uint8) # One array, never two of all
+        images[done:done+len(x)] = x
+        done += len(x)
+    if images is None: raise ConfigError("no labels, no images: give at least one label")
+    return images
 
 # %% ../../nbs/74_sampling.drawing.ipynb #b5660222
+def _check_stats(tok, path): # Two statistics of one tokenizer
+    old = torch.cat([tok.latent_mean.flatten(), tok.latent_std.flatten()])
+    mean,std = load_latent_stats(path)
+    new = torch.cat([mean.flatten(), std.flatten()])
+    if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-4, atol=1e-5):
+        raise CheckpointError(f"{path} differs from the statistics that the tokenizer carries; "
+                              "leave --latent-stats out if those are the ones that the latents were normalised by")
+
 def load_pair(
     dit:str|Path,         # LightningDiT: ours, or a published `.pt`
     tokenizer:str|Path,   # Tokenizer: ours, a published `.pt`, or a folder of diffusers
@@ -115,20 +133,22 @@ def load_pair(
     latent_stats:str|Path|None=None, # A `latents_stats.pt`, for a tokenizer that carries no statistics
 )->tuple[LightningDiT,Autoencoder,list[str]]: # On the CPU, in eval mode; and what could not be checked
     "A LightningDiT and the tokenizer that decodes for it; two that do not belong together are refused"
-    model, tok, notes = load_dit(dit, weights).eval(), load_tokenizer(tokenizer).eval(), []
-    if latent_stats is not None: _add_stats(tok, latent_stats)
+    model,tok,notes = load_dit(dit, weights).eval(),load_tokenizer(tokenizer).eval(),[]
+    if latent_stats is not None and tok.latent_mean is None: with_stats(tok, latent_stats)
+    elif latent_stats is not None: _check_stats(tok, latent_stats)
     if tok.latent_mean is None:
-        raise CheckpointError(f"{tokenizer} carries no statistics of its latents, without which nothing can be decoded: give --latent-stats latents_stats.pt")
+        raise CheckpointError(f"{tokenizer} carries no statistics of its latents, without which nothing can be "
+                              "decoded: give --latent-stats latents_stats.pt")
     if model.in_channels != tok.latent_dim:
-        raise CheckpointError(f"{dit} makes latents of {model.in_channels} channels, but {tokenizer} decodes {tok.latent_dim}; give the tokenizer that it was trained with")
-    if unneeded := getattr(tok, "found", {}).get("unneeded"): notes.append(f"{tokenizer} holds more than a tokenizer, which was left out: " + ", ".join(f"{k} ({n} tensors)" for k,n in unneeded.items()))
-    of = (getattr(model, "meta", None) or {}).get("tokenizer")
-    if of is None: notes.append(f"{dit} does not say which tokenizer its latents are from, so that was not checked")
-    elif of != tok.fingerprint(): raise CheckpointError(f"{dit} was trained on latents of tokenizer {of}, but {tokenizer} is {tok.fingerprint()}; give the one it was trained with")
+        raise CheckpointError(f"{dit} makes latents of {model.in_channels} channels, but {tokenizer} decodes "
+                              f"{tok.latent_dim}; give the tokenizer that it was trained with")
+    if unneeded := getattr(tok, "found", {}).get("unneeded"):
+        parts = ", ".join(f"{k} ({n} tensors)" for k,n in unneeded.items())
+        notes.append(f"{tokenizer} holds more than a tokenizer, which was left out: {parts}")
+    trained_with = (getattr(model, "meta", None) or {}).get("tokenizer")
+    if trained_with is None:
+        notes.append(f"{dit} does not say which tokenizer its latents are from, so that was not checked")
+    elif trained_with != tok.fingerprint():
+        raise CheckpointError(f"{dit} was trained on latents of tokenizer {trained_with}, but {tokenizer} "
+                              f"is {tok.fingerprint()}; give the one it was trained with")
     return model, tok, notes
-
-def _add_stats(tok, path):
-    if tok.latent_mean is None: return with_stats(tok, path)
-    own, new = (torch.cat([m.flatten(), s.flatten()]) for m,s in ((tok.latent_mean, tok.latent_std), load_latent_stats(path)))
-    if own.shape != new.shape or not torch.allclose(own, new, rtol=1e-4, atol=1e-5):
-        raise CheckpointError(f"{path} differs from the statistics that the tokenizer carries; leave --latent-stats out if those are the ones that the latents were normalised by")
