@@ -121,8 +121,8 @@ class SampleSet:
         _refuse_other_settings(meta.get("settings"), self.settings, path)
         x,y,made = tensors.get("images"),tensors.get("labels"),meta.get("made")
         n = len(self.labels_of(start))
-        numbers = x is not None and y is not None and x.dtype == torch.uint8
-        if not numbers or x.ndim != 4 or len(x) != n or y.shape != (n,) or not isinstance(made, dict):
+        images_and_labels = x is not None and y is not None and x.dtype == torch.uint8 and x.ndim == 4
+        if not images_and_labels or len(x) != n or y.shape != (n,) or not isinstance(made, dict):
             raise CheckpointError(f"{path} is no chunk of these samples; delete it {fix}")
         return x.numpy(), y.numpy(), made
 
