@@ -1,5 +1,6 @@
 "`python -m vavae_nb.evaluate`: each action end to end, complete provenance, what a comparison names, and bad input"
 import json, subprocess, sys
+from itertools import chain
 import numpy as np, pytest, torch
 from PIL import Image
 from vavae_nb.recipes.config import Config
@@ -67,8 +68,7 @@ def test_help_names_each_action_and_needs_no_torch():
 def test_command_line(work, tmp_path):
     options = {"--samples": work/"samples.npz", "--reference": work/"reference.npz", "--extractor": "alexnet",
                "--metrics": "fd", "--batch-size": 50, "--label-sampling": "random", "--out": tmp_path/"e.json"}
-    args = [part for option in options.items() for part in option]
-    r = python("-m", "vavae_nb.evaluate", "generation", *args)
+    r = python("-m", "vavae_nb.evaluate", "generation", *chain(*options.items()))
     assert r.returncode == 0, r.stderr
     assert figures(tmp_path/"e.json")["fd"]["label_sampling"] == "random (said by the caller)" and "fd" in r.stdout
 

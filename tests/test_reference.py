@@ -13,7 +13,8 @@ class Toy(nn.Module):
     "A linear map of an 8×8 image, named and sized so that it passes for the Inception"
     def __init__(self, dim=5, spatial_dim=0, sha="a"*64):
         super().__init__()
-        self.dim,self.spatial_dim,self.weights_sha256,self.seen = dim,spatial_dim,sha,0
+        self.dim,self.spatial_dim = dim,spatial_dim
+        self.weights_sha256,self.seen = sha,0
         self.w = nn.Parameter(torch.randn(192, dim+spatial_dim, generator=generator(3, "toy")))
     def forward(self, x, spatial=False):
         self.seen += len(x)

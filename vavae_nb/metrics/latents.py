@@ -75,7 +75,7 @@ def _probe_data(latents, labels, every): # Training and held-out latents and lab
                         f"got {len(y)} images of {len(y.unique())} classes")
     std,mean = torch.std_mean(z[~test], 0)
     z = torch.where(std > 1e-6*mean.abs(), (z-mean)/std, 0.)
-    return z[~test], y[~test], z[test], y[test]
+    return (z[~test], y[~test]), (z[test], y[test])
 
 def linear_probe(
     latents:Tensor, # (n, d, h, w)
@@ -84,7 +84,7 @@ def linear_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Closed-form ridge regression of the flat latent on one-hot classes; the largest output is the answer"
-    x,y,x_test,y_test = _probe_data(latents, labels, every)
+    (x,y),(x_test,y_test) = _probe_data(latents, labels, every)
     if not lam > 0: raise DataError(f"a ridge penalty must be greater than 0; got {lam}")
     target = torch.nn.functional.one_hot(y, int(max(y.max(), y_test.max()))+1).double()
     mean,penalty = target.mean(0),lam*len(x) # x is centred, so the intercept is the mean
@@ -101,7 +101,7 @@ def knn_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Vote of the k nearest training latents; of equal votes the lowest class wins"
-    x,y,x_test,y_test = _probe_data(latents, labels, every)
+    (x,y),(x_test,y_test) = _probe_data(latents, labels, every)
     _,neighbours = nearest_neighbours(x_test, x, min(k, len(x)))
     votes = torch.nn.functional.one_hot(y[neighbours], int(y.max())+1).sum(1)
     return (votes.argmax(1) == y_test).double().mean().item()

@@ -57,7 +57,9 @@ def ssim(
     g = torch.exp(-(torch.arange(size)-(size-1)/2).square()/(2*sigma**2))
     g = (g/g.sum()).tolist()
     products = torch.stack([x, y, x*x, y*y, x*y])
-    mx,my,xx,yy,xy = _weighted_windows(_weighted_windows(products, g, -1), g, -2).flatten(2)
+    means = _weighted_windows(_weighted_windows(products, g, -1), g, -2).flatten(2)
+    mx,my = means[:2]
+    xx,yy,xy = means[2:]
     c1,c2 = (.01*2)**2, (.03*2)**2 # (K·L)², data range L = 2
     above = (2*mx*my + c1)*(2*(xy-mx*my) + c2)
     below = (mx*mx + my*my + c1)*(xx-mx*mx + yy-my*my + c2)
@@ -154,7 +156,7 @@ class FeatureStats:
 
 # %% ../../nbs/41_metrics.quality.ipynb #fdc68849
 def _factor(cov): # A with A Aᵀ = cov and as many columns as its rank, by Cholesky with pivoting
-    c,order,rank,_ = dpstrf(cov.numpy(), lower=1)
+    c,order,rank = dpstrf(cov.numpy(), lower=1)[:3]
     A = np.empty((len(c), rank))
     A[order-1] = np.tril(c)[:, :rank]
     return torch.from_numpy(A)

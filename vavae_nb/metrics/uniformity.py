@@ -26,7 +26,7 @@ def latent_vectors(
 )->Tensor:                               # (n, d), each channel with mean 0 and variance 1
     "One latent vector from a random position of each of `n` images, normalised channel by channel"
     if latents.ndim != 4: raise ShapeError(f"latents must be (n, d, h, w); got {tuple(latents.shape)}")
-    N,d,h,w = latents.shape
+    N,(h,w) = len(latents),latents.shape[2:]
     if not 2 <= n <= N:
         raise DataError(f"one vector an image is taken, so n must be between 2 and the {N} latents given; got n={n}")
     device = generator.device if generator is not None else "cpu"

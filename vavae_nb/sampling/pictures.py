@@ -29,7 +29,7 @@ def _draw_row(ax, strip, name): # A strip with its name on the left, which is re
 
 def _width_of_names(fig, labels): # Pixels, as drawn, and at least 8 a letter
     drawn = [t.get_window_extent(fig.canvas.get_renderer()).width for t in labels]
-    lines = [line for t in labels for line in t.get_text().split("\n")]
+    lines = "\n".join(t.get_text() for t in labels).split("\n")
     return max(*drawn, *(8*len(line) for line in lines))
 
 def save_grid(
