@@ -2,7 +2,8 @@
 import json, math
 import numpy as np, pytest, torch
 from vavae_nb.base.errors import DataError
-from vavae_nb.metrics.distribution import fd_infinity, inception_score, kid, per_class_fd, precision_recall, sampling_error
+from vavae_nb.metrics.distribution import (fd_infinity, inception_score, kid, per_class_fd, precision_recall,
+                                           sampling_error)
 from vavae_nb.metrics.quality import FeatureStats, Measure, frechet_distance
 from vavae_nb.base.tensors import generator
 
@@ -14,12 +15,13 @@ OF = dict(extractor="net:abc", name="data:def")
 def test_kid_is_that_of_torch_fidelity(size, subsets):
     theirs = pytest.importorskip("torch_fidelity.metric_kid").kid_features_to_metric
     a,b = features()
-    expected = theirs(a, b, kid_subsets=subsets, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
-                      kid_kernel_poly_coef0=1., rng_seed=2020, verbose=False)
+    expected = theirs(a, b, kid_subsets=subsets, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
+                      kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1., rng_seed=2020, verbose=False)
     m = kid(a, b, **OF, subsets=subsets, subset_size=size)
     assert m.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
     assert m.settings["subset_std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
-    assert kid(a.float().numpy(), b.float().numpy(), **OF, subsets=subsets, subset_size=size).value == pytest.approx(m.value, rel=1e-4)
+    of_floats = kid(a.float().numpy(), b.float().numpy(), **OF, subsets=subsets, subset_size=size)
+    assert of_floats.value == pytest.approx(m.value, rel=1e-4)
 
 @pytest.mark.parametrize("chunk", [64, 100, 4096])
 @pytest.mark.parametrize("k", [1, 3])
@@ -35,25 +37,31 @@ def test_precision_and_recall_are_those_of_torch_fidelity(k, chunk):
 @pytest.mark.parametrize("scale,offset", [(1., 0.), (1., 1e4), (1e-3, 1.)])
 @pytest.mark.parametrize("chunk", [32, 1024])
 def test_ties_and_near_ties_are_decided_in_float64(chunk, scale, offset):
-    "On a lattice many features lie exactly on a ball's edge, where fp32 products cannot say on which side; so do copies"
+    "On a lattice many features lie exactly on a ball's edge, where fp32 cannot say on which side; so do copies"
     g = generator(0, "lattice")
     a,b = (scale*torch.randint(0, 5, (150, 3), generator=g).double()+offset for _ in range(2))
     a[:20] = b[:20]
-    distances = lambda u,v: (u[:,None]-v).square().sum(2)
-    radius = lambda f: distances(f, f).kthvalue(4).values
-    expected = (distances(a, b) <= radius(b)).any(1).double().mean(), (distances(a, b) <= radius(a)[:,None]).any(0).double().mean()
-    assert tuple(m.value for m in precision_recall(a, b, **OF, chunk=chunk)) == tuple(o.item() for o in expected)
+    def distances(u, v): return (u[:,None]-v).square().sum(2)
+    def radius(f): return distances(f, f).kthvalue(4).values
+    precision = (distances(a, b) <= radius(b)).any(1).double().mean().item()
+    recall = (distances(a, b) <= radius(a)[:,None]).any(0).double().mean().item()
+    assert tuple(m.value for m in precision_recall(a, b, **OF, chunk=chunk)) == (precision, recall)
 
 def test_inception_score_is_that_of_torch_fidelity_and_of_adm():
     theirs = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric
     z = 3*randn(1037, 12, what="logits")
-    expected, m = theirs(z, splits=10, shuffle=True, rng_seed=2020), inception_score(z, "net:abc", "torch-fidelity")
-    assert m.value == pytest.approx(expected["inception_score_mean"], rel=1e-9) and m.settings["split_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    expected = theirs(z, splits=10, shuffle=True, rng_seed=2020)
+    m = inception_score(z, "net:abc", "torch-fidelity")
+    assert m.value == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+    assert m.settings["split_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
     z = 3*randn(7000, 12, what="logits")
     adm = [] # As published: consecutive parts of 5,000, probabilities rather than their logarithms
-    for part in (z[:5000].softmax(1).numpy(), z[5000:].softmax(1).numpy()): adm.append(np.exp((part*(np.log(part)-np.log(part.mean(0)))).sum(1).mean()))
+    for part in z.split(5000):
+        p = part.softmax(1).numpy()
+        adm.append(np.exp((p*(np.log(p)-np.log(p.mean(0)))).sum(1).mean()))
     m = inception_score(z, "net:abc")
-    assert m.value == pytest.approx(np.mean(adm), rel=1e-9) and (m.settings["number"], m.settings["split_size"], m.reference) == (2, 5000, "none")
+    assert m.value == pytest.approx(np.mean(adm), rel=1e-9)
+    assert (m.settings["number"], m.settings["split_size"], m.reference) == (2, 5000, "none")
     assert math.isfinite(inception_score(1e4*z[:100], "net:abc").value) # Probabilities of zero
 
 def test_memory_does_not_grow_with_the_product_of_the_sets():
@@ -78,7 +86,7 @@ def test_error_bars_are_the_spread_of_fresh_samples(scale, shift):
     b = randn(400, 8, what="reference")
     stats = FeatureStats.of(b)
     draws = [scale*randn(200, 8, what=f"fresh {i}")+shift for i in range(60)]
-    fd_of = lambda f: frechet_distance(FeatureStats.of(f), stats)
+    def fd_of(f): return frechet_distance(FeatureStats.of(f), stats)
     measured = [kid(f, b, **OF, subsets=10, subset_size=100) for f in draws]
     for values,bars in (([m.value for m in measured], [m.standard_error for m in measured]),
                         ([fd_of(f) for f in draws], [sampling_error(fd_of, f) for f in draws[:15]])):
@@ -97,6 +105,8 @@ def test_classes_are_measured_one_by_one():
     a,b = features()
     y,z = torch.arange(230)%3, np.arange(310)%3
     out = per_class_fd(a, y, b, z, **OF, note="guided", metric="fid")
-    assert list(out) == [0, 1, 2] and (out[1].n, out[1].n_reference, out[1].metric, out[1].note) == (77, 103, "fid", "class 1; guided")
+    m = out[1]
+    assert list(out) == [0, 1, 2] and (m.n, m.n_reference, m.metric, m.note) == (77, 103, "fid", "class 1; guided")
     assert out[2].value == frechet_distance(FeatureStats.of(a[y == 2]), FeatureStats.of(b[z == 2]))
-    with pytest.raises(DataError, match="at least 2"): per_class_fd(a, torch.arange(230), b[:230], torch.arange(230), **OF)
+    one_each = torch.arange(230)
+    with pytest.raises(DataError, match="at least 2"): per_class_fd(a, one_each, b[:230], one_each, **OF)

@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError
 import numpy as np, pytest, torch
 from scipy.linalg import sqrtm
 from vavae_nb.base.errors import DataError, ShapeError
-from vavae_nb.metrics.quality import FeatureStats, Measure, fd, frechet_distance, nearest_neighbours, psnr, reconstruction_metrics, ssim
+from vavae_nb.metrics.quality import (FeatureStats, Measure, fd, frechet_distance, nearest_neighbours, psnr,
+                                      reconstruction_metrics, ssim)
 from vavae_nb.base.tensors import generator, test_tensor
 
 def rand(*size, what="x"): return torch.rand(*size, generator=generator(0, what))*2-1
@@ -17,17 +18,22 @@ def test_ssim_is_that_of_scikit_image(size, signed):
     metrics = pytest.importorskip("skimage.metrics")
     x,y = pair(*size)
     u,v = (x,y) if signed else ((x+1)/2, (y+1)/2)
-    kw = dict(data_range=2. if signed else 1., channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    expected = [metrics.structural_similarity(a.double().numpy(), b.double().numpy(), **kw) for a,b in zip(u, v)]
+    options = dict(data_range=2. if signed else 1., channel_axis=0, gaussian_weights=True, sigma=1.5,
+                   use_sample_covariance=False)
+    expected = [metrics.structural_similarity(a.double().numpy(), b.double().numpy(), **options) for a,b in zip(u, v)]
     test_tensor(ssim(x, y, signed=signed, border=False), torch.tensor(expected), rtol=0, atol=1e-4)
 
 def test_ssim_and_psnr_are_those_of_torchmetrics():
     image = pytest.importorskip("torchmetrics.functional.image")
     for size in ((2, 3, 24, 37), (3, 3, 32, 32), (1, 1, 11, 11)):
         x,y = pair(*size)
-        test_tensor(ssim(x, y), image.structural_similarity_index_measure(y, x, data_range=(-1., 1.), reduction="none").view(-1), rtol=0, atol=1e-4)
-        test_tensor(ssim(x, y, signed=False), image.structural_similarity_index_measure((y+1)/2, (x+1)/2, data_range=1., reduction="none").view(-1), rtol=0, atol=1e-4)
-        test_tensor(psnr(x, y), image.peak_signal_noise_ratio(y, x, data_range=(-1., 1.), dim=(1, 2, 3), reduction="none"), rtol=1e-4)
+        theirs = image.structural_similarity_index_measure
+        signed = theirs(y, x, data_range=(-1., 1.), reduction="none").view(-1)
+        unsigned = theirs((y+1)/2, (x+1)/2, data_range=1., reduction="none").view(-1)
+        decibels = image.peak_signal_noise_ratio(y, x, data_range=(-1., 1.), dim=(1, 2, 3), reduction="none")
+        test_tensor(ssim(x, y), signed, rtol=0, atol=1e-4)
+        test_tensor(ssim(x, y, signed=False), unsigned, rtol=0, atol=1e-4)
+        test_tensor(psnr(x, y), decibels, rtol=1e-4)
 
 def test_psnr_is_that_of_scikit_image_in_either_range():
     metrics = pytest.importorskip("skimage.metrics")
@@ -52,22 +58,25 @@ def test_reconstructions_are_clamped_and_originals_are_not():
 
 def test_frechet_is_the_form_with_sqrtm():
     a,b = (FeatureStats.of(randn(400, 24, what=w)@randn(24, 24, what=w+"mix")+m) for w,m in (("a", 0), ("b", .5)))
-    expected = (a.mean-b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2*np.trace(sqrtm(a.cov.numpy()@b.cov.numpy()).real)
+    root = np.trace(sqrtm(a.cov.numpy()@b.cov.numpy()).real)
+    expected = (a.mean-b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2*root
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
 
 def test_frechet_is_that_of_torch_fidelity():
     fid = pytest.importorskip("torch_fidelity.metric_fid")
     f,g = randn(500, 24, what="f")@randn(24, 24, what="mix"), randn(300, 24, what="g").exp()
-    expected = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(f), fid.fid_features_to_statistics(g), verbose=False)
-    assert frechet_distance(FeatureStats.of(f), FeatureStats.of(g)) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    a,b = fid.fid_features_to_statistics(f),fid.fid_features_to_statistics(g)
+    expected = fid.fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(FeatureStats.of(f), FeatureStats.of(g)) == pytest.approx(expected, rel=1e-6)
 
 @pytest.mark.parametrize("n,m", [(20, 30), (50, 400), (400, 20)])
 def test_frechet_of_fewer_samples_than_dimensions(n, m):
-    "With sqrt of the reference known exactly, the nuclear norm is a singular value problem of the centred samples themselves"
+    "With the reference's root known exactly, the nuclear norm is that of the centred samples themselves"
     f,s = randn(n, 60, what="f"), torch.linspace(0, 2, 60, dtype=torch.float64) # Of which one direction is empty
     a,b = FeatureStats.of(f), FeatureStats.from_moments(torch.ones(60), torch.diag(s.square()), m)
-    expected = (a.mean-1).square().sum()+a.cov.trace()+s.square().sum()-2*torch.linalg.svdvals((f-f.mean(0))*s/(n-1)**.5).sum()
+    nuclear_norm = torch.linalg.svdvals((f-f.mean(0))*s/(n-1)**.5).sum()
+    expected = (a.mean-1).square().sum()+a.cov.trace()+s.square().sum()-2*nuclear_norm
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-7) == frechet_distance(b, a)
 
 def test_frechet_does_not_see_empty_dimensions():
@@ -91,7 +100,7 @@ def test_stats_of_odd_batches():
     cov,mean = before.cov.clone(), before.mean.clone()
     merged = FeatureStats().merge(before).merge(FeatureStats()).merge(FeatureStats.of(f[10:]))
     test_tensor(merged.cov, f.T.cov(), rtol=1e-12)
-    assert torch.equal(before.cov, cov) and torch.equal(before.mean, mean) and before.n == 10 # Merging out of it left it alone
+    assert torch.equal(before.cov, cov) and torch.equal(before.mean, mean) and before.n == 10 # It was left alone
 
 @pytest.mark.parametrize("convert", [lambda f: f.numpy(), lambda f: f.half(), lambda f: f.float().requires_grad_()])
 def test_stats_take_arrays_and_half_precision(convert):
@@ -111,9 +120,11 @@ def test_a_measure_carries_its_origin():
     s = FeatureStats.of(randn(20, 3))
     m = fd(s, FeatureStats.of(randn(40, 3, what="ref")), extractor="net:abc", name="data:def")
     d = json.loads(json.dumps(m.to_dict()))
-    assert Measure(**d) == m and (d["n"], d["n_reference"], d["extractor"], d["reference"]) == (20, 40, "net:abc", "data:def")
+    assert Measure(**d) == m
+    assert (d["n"], d["n_reference"], d["extractor"], d["reference"]) == (20, 40, "net:abc", "data:def")
     old = {k: v for k,v in d.items() if k not in ("standard_error", "settings")} # As runs of earlier versions wrote it
-    assert Measure(**old).standard_error is None and str(Measure(**{**d, "value": 1.5, "standard_error": .25})) == "fd 1.5 ± 0.25 (n=20)"
+    assert Measure(**old).standard_error is None
+    assert str(Measure(**d | dict(value=1.5, standard_error=.25))) == "fd 1.5 ± 0.25 (n=20)"
     with pytest.raises(FrozenInstanceError): m.value = 0.
     with pytest.raises(DataError, match="its reference"): fd(s, s, extractor="net:abc", name="")
     with pytest.raises(DataError, match="number of samples"): Measure("fd", 1., 0, "net:abc", "data:def")

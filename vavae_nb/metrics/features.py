@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'EXTRACTORS', 'resize', 'StageMeans', 'TimmPool', 'Inception', 'FeatureExtractor', 'feature_extractor',
-           'shared_batches', 'feature_batches', 'extract_features']
+           'shared_batches', 'image_array_error', 'feature_batches', 'extract_features']
 
 # %% ../../nbs/40_metrics.features.ipynb #43d46b3f
 import hashlib
@@ -25,19 +25,25 @@ from ..tokenizer.autoencoder import to_uint8
 from ..tokenizer.perceptual import ConvStages
 
 # %% ../../nbs/40_metrics.features.ipynb #5a5764d3
-def _tf1(x, size): # Along rows, then along columns, as TensorFlow does
+def _resize_tf1(images, size): # Along rows, then along columns, as TensorFlow does
     for dim in (3, 2):
-        n = x.shape[dim]
-        at = torch.arange(size, dtype=torch.float32, device=x.device)*(n/size)
-        lo = at.long()
-        a,b = x.index_select(dim, lo),x.index_select(dim, (lo+1).clamp_max(n-1))
-        x = a+(b-a)*(at-lo).view(-1, *[1]*(3-dim))
-    return x
+        n = images.shape[dim]
+        position = torch.arange(size, dtype=torch.float32, device=images.device)*(n/size)
+        before = position.long()
+        a = images.index_select(dim, before)
+        b = images.index_select(dim, (before+1).clamp_max(n-1))
+        images = a+(b-a)*(position-before).view(-1, *[1]*(3-dim))
+    return images
 
-def _torch(x, size, mode, antialias): return F.interpolate(x, size=(size, size), mode=mode, align_corners=False, antialias=antialias)
+def _resize_torch(images, size, mode, antialias):
+    return F.interpolate(images, size=(size, size), mode=mode, align_corners=False, antialias=antialias)
 
-FILTERS = {"bilinear-antialiased": partial(_torch, mode="bilinear", antialias=True), "bilinear": partial(_torch, mode="bilinear", antialias=False),
-           "bilinear-tf1": _tf1, "bicubic-pil": partial(_torch, mode="bicubic", antialias=True)}
+FILTERS = {
+    "bilinear-antialiased": partial(_resize_torch, mode="bilinear", antialias=True),
+    "bilinear":             partial(_resize_torch, mode="bilinear", antialias=False),
+    "bilinear-tf1":         _resize_tf1,
+    "bicubic-pil":          partial(_resize_torch, mode="bicubic", antialias=True),
+}
 
 def resize(
     x:Tensor,                           # Images, (b, 3, H, W)
@@ -80,7 +86,7 @@ class TimmPool(nn.Module):
 
 # %% ../../nbs/40_metrics.features.ipynb #a99b1fdf
 class Inception(nn.Module):
-    "The 2015 Inception-v3 of the published FIDs: 2048 pooled features, 2023 spatial ones for sFID and, where the weights have them, 1008 logits"
+    "The 2015 Inception-v3 of the published FIDs: pooled and spatial features, and logits where the weights have them"
     dim,spatial_dim = 2048,17*17*7
     def __init__(self,
         weights:str|Path|None=None, # See `pretrained.inception_network`
@@ -88,9 +94,11 @@ class Inception(nn.Module):
         super().__init__()
         net,self.source = inception_network(weights)
         self.fc,self.weights_sha256 = net.fc,net.weights_sha256
-        chain = nn.Sequential(OrderedDict((k, m) for k,m in net.named_children() if k != "fc")) # In the order in which torch-fidelity applies them
-        at = [k for k,_ in chain.named_children()].index("Mixed_6d")
-        self.stem,self.head = chain[:at],chain[at:]
+        blocks = OrderedDict(net.named_children()) # In the order in which torch-fidelity applies them
+        blocks.pop("fc", None) # Not there in the packaged copy
+        split = list(blocks).index("Mixed_6d")
+        chain = nn.Sequential(blocks)
+        self.stem,self.head = chain[:split],chain[split:]
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
@@ -98,16 +106,20 @@ class Inception(nn.Module):
         spatial:bool=False, # With spatial features
     )->Tensor|tuple[Tensor,Tensor]: # (b, 2048), or this and (b, 2023)
         with torch.autocast(x.device.type, enabled=False): # bf16 moves these features by 3 %
-            x = self.stem(((127.5*x.float()-.5)/128).contiguous(memory_format=torch.channels_last)) # (pixel − 128)/128
+            x = (127.5*x.float()-.5)/128 # (pixel − 128)/128
+            x = self.stem(x.contiguous(memory_format=torch.channels_last))
             pooled = self.head(x).flatten(1)
-            return (pooled, self.head.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)) if spatial else pooled
+            if not spatial: return pooled
+            return pooled, self.head.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     def logits(self,
         features:Tensor,  # (b, 2048)
-        bias:bool=False,  # As ADM's Inception Score and torch-fidelity's `logits_unbiased`; `True`: torch-fidelity's `logits`
+        bias:bool=False,  # ADM's Inception Score and torch-fidelity's `logits_unbiased` have none, its `logits` have it
     )->Tensor:            # (b, 1008)
         "Logits of pooled features"
-        if self.fc is None: raise WeightsError(f"no logits in the {self.source}; use weights='torch-fidelity', or the path of its weights-inception-2015-12-05-6726825d.pth")
+        if self.fc is None:
+            raise WeightsError(f"no logits in the {self.source}; use weights='torch-fidelity', "
+                               "or the path of its weights-inception-2015-12-05-6726825d.pth")
         return F.linear(features, self.fc.weight, self.fc.bias if bias else None)
 
 # %% ../../nbs/40_metrics.features.ipynb #03ce918f
@@ -115,33 +127,43 @@ class FeatureExtractor(nn.Module):
     "A frozen network that gives each image one vector; `key` holds all that determines the vector"
     def __init__(self,
         name:str,                          # What a report calls it
-        network:nn.Module,                 # (b, 3, image_size, image_size) in [−1, 1] -> (b, dim); with the attributes `dim` and `weights_sha256`
+        network:nn.Module,                 # (b, 3, size, size) in [−1, 1] -> (b, dim); has `dim` and `weights_sha256`
         image_size:int,                    # Height and width that images are brought to
         filter:str="bilinear-antialiased", # How, see `resize`
         stored:bool=False,                 # Round images to 8 bits first, as a file would
     ):
         super().__init__()
         if filter not in FILTERS: raise ConfigError(unknown_name("filter", filter, FILTERS))
-        self.name,self.network,self.image_size,self.filter,self.stored = name,network.requires_grad_(False),image_size,filter,stored
-        self.dim,self.spatial_dim,self.sha256 = network.dim,getattr(network, "spatial_dim", 0),network.weights_sha256
-        self.key = f"{name} v1, {self.dim} features, {image_size} px {filter.replace('-', ' ')}{' of 8-bit images' if stored else ''}, weights {self.sha256[:16]}"
+        self.name,self.network = name,network.requires_grad_(False)
+        self.image_size,self.filter,self.stored = image_size,filter,stored
+        self.dim,self.spatial_dim = network.dim,getattr(network, "spatial_dim", 0)
+        self.sha256 = network.weights_sha256
         self.eval()
 
-    def train(self, mode:bool=True): return super().train(False)
-    def extra_repr(self): return self.key
+    @property
+    def key(self)->str:
+        resized = f"{self.image_size} px {self.filter.replace('-', ' ')}{' of 8-bit images' if self.stored else ''}"
+        return f"{self.name} v1, {self.dim} features, {resized}, weights {self.sha256[:16]}"
+
     @property
     def device(self)->torch.device: return next(self.network.parameters()).device
+    def train(self, mode:bool=True): return super().train(False)
+    def extra_repr(self): return self.key
 
     @torch.no_grad()
     def forward(self,
         x:Tensor,           # (b, 3, H, W) in [−1, 1]
         spatial:bool=False, # With the spatial features of sFID, which only `inception` has
     )->Tensor|tuple[Tensor,Tensor]: # (b, dim) float32, or this and (b, spatial_dim)
-        if x.ndim != 4 or x.shape[1] != 3: raise ShapeError(f"{self.name} takes images (b, 3, H, W), got {tuple(x.shape)}")
-        if spatial and not self.spatial_dim: raise ConfigError(f"{self.name} has no spatial features for sFID; use the extractor inception")
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ShapeError(f"{self.name} takes images (b, 3, H, W), got {tuple(x.shape)}")
+        if spatial and not self.spatial_dim:
+            raise ConfigError(f"{self.name} has no spatial features for sFID; use the extractor inception")
         if self.stored: x = to_uint8(x).permute(0, 3, 1, 2).float()/127.5-1
         x = resize(x, self.image_size, self.filter)
-        return tuple(f.float() for f in self.network(x, spatial=True)) if spatial else self.network(x).float()
+        if not spatial: return self.network(x).float()
+        pooled,spatial = self.network(x, spatial=True)
+        return pooled.float(), spatial.float()
 
     @torch.no_grad()
     def logits(self,
@@ -149,7 +171,8 @@ class FeatureExtractor(nn.Module):
         bias:bool=False, # See `Inception.logits`
     )->Tensor:           # (b, classes)
         "Logits of pooled features, where the network has them"
-        if not hasattr(self.network, "logits"): raise ConfigError(f"{self.name} gives no logits; the Inception Score needs the extractor inception")
+        if not hasattr(self.network, "logits"):
+            raise ConfigError(f"{self.name} gives no logits; the Inception Score needs the extractor inception")
         return self.network.logits(torch.as_tensor(features, device=self.device), bias)
 
 # %% ../../nbs/40_metrics.features.ipynb #de74b85b
@@ -162,54 +185,82 @@ EXTRACTORS = {
 
 def feature_extractor(
     name:str,                   # One of `EXTRACTORS`
-    image_size:int|None=None,   # Another size than the extractor's own; the key tells them apart, as it does all that follows
+    image_size:int|None=None,   # Another size than its own; this and all that follows is in the key
     filter:str|None=None,       # Another filter than its own, see `resize`
     weights:str|Path|None=None, # Of `inception`, see `pretrained.inception_network`
 )->FeatureExtractor:            # On the CPU
     "The frozen feature extractor of that name"
     if name not in EXTRACTORS: raise ConfigError(unknown_name("feature extractor", name, EXTRACTORS))
-    network,size,own = EXTRACTORS[name]
-    if weights is not None and name != "inception": raise ConfigError(f"{name} has one set of weights; only inception takes others")
-    return FeatureExtractor(name, network(weights) if weights is not None else network(), image_size or size, filter or own, stored=name == "inception")
+    if weights is not None and name != "inception":
+        raise ConfigError(f"{name} has one set of weights; only inception takes others")
+    make,usual_size,usual_filter = EXTRACTORS[name]
+    network = make() if weights is None else make(weights)
+    return FeatureExtractor(name, network, image_size or usual_size, filter or usual_filter, stored=name == "inception")
 
 # %% ../../nbs/40_metrics.features.ipynb #3980c4c5
 def shared_batches(
     n:int,          # Images
-    batch_size:int, # Images a process at a time
-)->list[tuple[slice,Callable[[Tensor],Tensor]]]: # Of each batch: the images of this process, and what puts the processes' rows together, in the order of the images
+    batch_size:int, # Images per process and batch
+)->list[tuple[slice,Callable[[Tensor],Tensor]]]: # This process's images of each batch, and what joins all rows in order
     "Cut images into batches that all processes go through together"
-    step, out = batch_size*world_size(), []
-    for i in range(0, n, step):
-        k = min(step, n-i)
-        if k < world_size(): out.append((slice(i, i+k), lambda x: x)); continue # Too few to share: each computes them all
-        s = rows_of(k)
-        out.append((slice(i+s.start, i+s.stop), partial(gather_rows, n=k)))
-    return out
+    step = batch_size*world_size()
+    batches = []
+    for start in range(0, n, step):
+        k = min(step, n-start)
+        if k < world_size(): # Too few to share: each computes them all
+            batches.append((slice(start, start+k), lambda x: x))
+            continue
+        mine = rows_of(k)
+        batches.append((slice(start+mine.start, start+mine.stop), partial(gather_rows, n=k)))
+    return batches
 
 # %% ../../nbs/40_metrics.features.ipynb #70035d36
-def _not_images(images): # What is wrong with an array, and what to do
-    s,kind = tuple(images.shape),str(images.dtype).removeprefix("torch.")
-    why = ("images of sizes that differ; crop them to one size" if kind == "object" else
-           "one image; give x[None]" if len(s) == 3 and 3 in (s[0], s[-1]) else
-           "grey images; repeat their channel, np.repeat(x[..., None], 3, -1)" if len(s) == 3 or (len(s) == 4 and 1 in (s[1], s[-1])) else
-           "images with an alpha channel; put them on a background, or drop it, x[..., :3]" if len(s) == 4 and 4 in (s[1], s[-1]) else "")
-    return DataError(f"images must be (n, H, W, 3) uint8 or (n, 3, H, W) floats in [−1, 1], got {s} {kind}" + (f": {why}" if why else ""))
+def image_array_error(
+    images:np.ndarray|Tensor, # That are not what is asked for
+)->DataError:
+    "What is wrong with an array of images, and what to do"
+    shape,dtype = tuple(images.shape),str(images.dtype).removeprefix("torch.")
+    if dtype == "object": hint = "images of sizes that differ; crop them to one size"
+    elif len(shape) == 3 and 3 in (shape[0], shape[-1]): hint = "one image; give x[None]"
+    elif len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[-1])):
+        hint = "grey images; repeat their channel, np.repeat(x[..., None], 3, -1)"
+    elif len(shape) == 4 and 4 in (shape[1], shape[-1]):
+        hint = "images with an alpha channel; put them on a background, or drop it, x[..., :3]"
+    else: hint = ""
+    message = f"images must be (n, H, W, 3) uint8 or (n, 3, H, W) floats in [−1, 1], got {shape} {dtype}"
+    return DataError(f"{message}: {hint}" if hint else message)
 
-def _source(images, device="cpu"): # (number, (first, last, flip) -> batch, fingerprint or None); 8-bit images go to the device as such, a quarter of the bytes
-    if hasattr(images, "batch") and hasattr(images, "fingerprint"):
-        return len(images), lambda i,j,flip: images.batch(np.arange(i, j), flip), images.fingerprint
-    if not isinstance(images, (np.ndarray, Tensor)): raise DataError(f"images must be an array, a tensor or a data set with a fingerprint, not {type(images).__name__}")
-    if images.dtype == object: raise _not_images(images)
-    part = lambda i,j: (torch.from_numpy(np.array(images[i:j])) if isinstance(images, np.ndarray) else images[i:j]).to(device) # Memory-mapped arrays stay on disk
-    x = part(0, 1)
-    if x.ndim == 4 and x.dtype == torch.uint8 and x.shape[-1] == 3: get = lambda x: x.permute(0, 3, 1, 2).float()/127.5-1
-    elif x.ndim == 4 and x.is_floating_point() and x.shape[1] == 3: get = lambda x: x
-    else: raise _not_images(images)
-    return len(images), lambda i,j,flip: get(part(i, j)).flip(-1) if flip else get(part(i, j)), None
+class _ImageArray:
+    "An array or a tensor of images, read in batches as a data set is"
+    fingerprint = None # So its features are not cached
+    def __init__(self, images, device):
+        if not isinstance(images, (np.ndarray, Tensor)):
+            kind = type(images).__name__
+            raise DataError(f"images must be an array, a tensor or a data set with a fingerprint, not {kind}")
+        if images.dtype == object: raise image_array_error(images)
+        self.images,self.device = images,device
+        first = self.read(slice(0, 1))
+        self.is_uint8 = first.ndim == 4 and first.dtype == torch.uint8 and first.shape[-1] == 3
+        is_float = first.ndim == 4 and first.is_floating_point() and first.shape[1] == 3
+        if not self.is_uint8 and not is_float: raise image_array_error(images)
 
-def _refuse(bad, first, message): # An error that names the first image where `bad`, of shape (b, …), is true
-    rows = bad.flatten(1).any(1).nonzero()
-    if len(rows): raise DataError(message.format(first+rows[0].item()))
+    def __len__(self): return len(self.images)
+    def read(self, rows): # 8-bit images go to the device as such, a quarter of the bytes
+        part = self.images[rows] # A memory-mapped array stays on disk
+        if isinstance(part, np.ndarray): part = torch.from_numpy(np.array(part))
+        return part.to(self.device)
+    def batch(self, indices, flip=False):
+        x = self.read(indices)
+        if self.is_uint8: x = x.permute(0, 3, 1, 2).float()/127.5-1
+        return x.flip(-1) if flip else x
+
+def _as_dataset(images, device): # With `len`, `batch` and `fingerprint`
+    return images if hasattr(images, "batch") and hasattr(images, "fingerprint") else _ImageArray(images, device)
+
+# %% ../../nbs/40_metrics.features.ipynb #d724b57c
+def _refuse_images(bad, start, message): # Name the first image where `bad`, of shape (b, …), is true
+    images = bad.flatten(1).any(1).nonzero()
+    if len(images): raise DataError(message.format(start+images[0].item()))
 
 def feature_batches(
     extractor:FeatureExtractor, # On the device where it should run
@@ -219,19 +270,33 @@ def feature_batches(
     flip:bool=False,            # Mirror all images
     spatial:bool=False,         # With the spatial features of sFID
 )->Iterator[tuple[np.ndarray,...]]: # (features,) or (features, spatial) of each batch, float32
-    "Features batch by batch, never cached; images and features are checked as they pass. Several processes share the work, and each gets all"
-    n,fetch,_ = _source(images, extractor.device)
-    if n == 0: raise DataError("no images to extract features from")
-    batches = shared_batches(n, batch_size)
-    for rows,together in progress(batches, f"{extractor.name} features", unit="batch") if len(batches) > 8 and is_first() else batches:
-        i, x = rows.start, fetch(rows.start, rows.stop, flip).to(extractor.device)
-        _refuse(~x.isfinite(), i, "image {} holds NaN or infinity")
-        _refuse(x.abs() > 1+1e-3, i, "image {} leaves [−1, 1]; scale the images, and clamp what a decoder gives as saving it would")
-        with autocast(extractor.device, precision): out = extractor(x, spatial=True) if spatial else (extractor(x),)
-        for f in out: _refuse(~f.isfinite(), i, f"the {extractor.name} features of image {{}} are not finite in {precision}; use precision='fp32'")
-        yield tuple(together(f).cpu().numpy() for f in out)
+    "Features batch by batch, checked and never cached; several processes share the work, and each gets all"
+    images = _as_dataset(images, extractor.device)
+    if not len(images): raise DataError("no images to extract features from")
+    batches = shared_batches(len(images), batch_size)
+    if len(batches) > 8 and is_first(): batches = progress(batches, f"{extractor.name} features", unit="batch")
+    for rows,together in batches:
+        x = images.batch(np.arange(rows.start, rows.stop), flip).to(extractor.device)
+        _refuse_images(~x.isfinite(), rows.start, "image {} holds NaN or infinity")
+        _refuse_images(x.abs() > 1+1e-3, rows.start,
+                       "image {} leaves [−1, 1]; scale the images, and clamp what a decoder gives as saving it would")
+        with autocast(extractor.device, precision):
+            features = extractor(x, spatial=True) if spatial else (extractor(x),)
+        problem = f"the {extractor.name} features of image {{}} are not finite in {precision}; use precision='fp32'"
+        for f in features: _refuse_images(~f.isfinite(), rows.start, problem)
+        yield tuple(together(f).cpu().numpy() for f in features)
 
 # %% ../../nbs/40_metrics.features.ipynb #1f329b8d
+def _cached(extractor, meta, compute): # The tensors that `meta` describes; computed and saved if any process lacks them
+    path = cache_dir("features")/f"{extractor.name}-{hashlib.sha256(repr(meta).encode()).hexdigest()[:24]}.safetensors"
+    try: tensors,stored_meta = load_tensors(path)
+    except CheckpointError: stored_meta = None # Not there, or damaged; it can be computed again
+    if max_over(torch.tensor(float(stored_meta != meta), device=extractor.device)):
+        tensors = compute()
+        if is_first(): save_tensors(path, tensors, meta)
+        wait()
+    return tensors
+
 def extract_features(
     extractor:FeatureExtractor, # On the device where it should run
     images:Any,                 # (n, 3, H, W) floats in [−1, 1], (n, H, W, 3) uint8, or an object such as `data.Images`
@@ -241,18 +306,16 @@ def extract_features(
     spatial:bool=False,         # With the spatial features of sFID, which only `inception` has
 )->np.ndarray|tuple[np.ndarray,np.ndarray]: # (n, dim) float32, or this and (n, spatial_dim)
     "Features of all images; those of an object with a `fingerprint` are kept in the cache"
-    n,_,fingerprint = _source(images)
+    images = _as_dataset(images, extractor.device)
     precision = resolve_precision(extractor.device, precision)
-    def compute(): return {k: torch.from_numpy(np.concatenate(f)) for k,f in
-                           zip(("features", "spatial"), zip(*feature_batches(extractor, images, batch_size, precision, flip, spatial)))}
-    if fingerprint is None or not n: tensors = compute()
+    def compute():
+        batches = feature_batches(extractor, images, batch_size, precision, flip, spatial)
+        return {k: torch.from_numpy(np.concatenate(parts)) for k,parts in zip(("features", "spatial"), zip(*batches))}
+    if images.fingerprint is None or not len(images): tensors = compute()
     else:
-        meta = dict(extractor=extractor.key, images=fingerprint, n=n, flip=bool(flip), precision=precision, device=extractor.device.type) | (dict(spatial=True) if spatial else {})
-        path = cache_dir("features")/f"{extractor.name}-{hashlib.sha256(repr(meta).encode()).hexdigest()[:24]}.safetensors"
-        try: tensors,found = load_tensors(path)
-        except CheckpointError: found = None # Not there, or damaged; it can be computed again
-        if max_over(torch.tensor(float(found != meta), device=extractor.device)): # Any process lacks them: all compute
-            tensors = compute()
-            if is_first(): save_tensors(path, tensors, meta)
-            wait()
-    return tuple(tensors[k].numpy() for k in ("features", "spatial")) if spatial else tensors["features"].numpy()
+        meta = dict(extractor=extractor.key, images=images.fingerprint, n=len(images),
+                    flip=bool(flip), precision=precision, device=extractor.device.type)
+        if spatial: meta["spatial"] = True
+        tensors = _cached(extractor, meta, compute)
+    if spatial: return tensors["features"].numpy(), tensors["spatial"].numpy()
+    return tensors["features"].numpy()
