@@ -9,7 +9,7 @@ from vavae_nb.recipes.paper import recipe
 from vavae_nb.train import main
 from vavae_nb.training import stages
 
-stages._curves = lambda run: None # Three seconds of matplotlib each
+stages.draw_curves = lambda run: None # Three seconds of matplotlib each
 
 CONFIG = override(recipe("smoke"), {"device": "cpu", "precision": "fp32", "data.limit": 60, "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 2), "vf.adaptive_every": 2,
     "tokenizer_training.steps": 10, "tokenizer_training.batch_size": 8, "tokenizer_training.disc_start": 5, "tokenizer_training.lpips_slices": 1, "tokenizer_training.disc_width": 8,
