@@ -47,7 +47,7 @@ from .report import draw_classes, draw_curves, draw_grid, measure, reconstruct
 from .run import Run, check_names, stages, sweep_run
 from .tokenizer import tokenizer_learner, tokenizer_phases
 
-# %% ../../nbs/90_training.stages.ipynb #7d5d99ff
+# %% ../../nbs/90_training.stages.ipynb #0fcbeda2
 @dataclass(frozen=True)
 class Training:
     "What drives a stage's training, or one phase of it, beside its networks"
@@ -75,8 +75,8 @@ def _progress(run, stage):
     step, state = found
     if state["images"] != len(train):
         raise DataError(f"{run.out} was trained on {state['images']} images until step {step}, "
-                        f"and now there are {len(train)}: put those back that are gone (or take the new ones away) to go on, "
-                        "or begin another run")
+                        f"and now there are {len(train)}: put those back that are gone (or take the new ones away) "
+                        "to go on, or begin another run")
     if state["data"] != train.fingerprint:
         warnings.warn(f"{train.name} has changed since step {step} (a file was replaced or damaged): "
                       "the run goes on, but not with the numbers that it would have had")
