@@ -41,7 +41,7 @@ def _of_length(cfg, steps): # Both trainings
     if steps < 1: raise ConfigError(f"--steps takes a number of at least 1, got {steps}")
     return scaled_steps(cfg, steps/max(cfg.tokenizer_training.steps, 1), steps/cfg.dit_training.steps)
 
-# %% ../nbs/95_train.ipynb #51e98ab5
+# %% ../nbs/95_train.ipynb #6971336f
 def _list_recipes():
     from vavae_nb.training.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
     print(recipe_table())

@@ -40,7 +40,7 @@ def saved_bytes(
     with torch.enable_grad(), hooks: model(*inputs)
     return sum(storage.nbytes() for storage in saved.values())
 
-# %% ../../nbs/85_training.costs.ipynb #bf81968c
+# %% ../../nbs/85_training.costs.ipynb #27565ab4
 def meta_tensor(
     *shape:int,                       # Of the tensor
     dtype:torch.dtype=torch.float32,  # The same
@@ -139,9 +139,9 @@ def _tokenizer_stage(cfg, tok, n_images, grid):
     foundation = dict(flops=0, bytes=0)
     if _aligned(cfg) and training.steps: foundation = _foundation_cost(cfg.foundation.name, grid)
     cached = keep_on_disk(cfg.foundation.cache, n_images*foundation["bytes"])
-    step = _step_flops(cfg, tok, 0 if cached else foundation["flops"]) if steps else 0
-    features = 2*n_images*foundation["flops"] if cached else 0
-    return dict(images=steps*training.batch_size, flops=steps*training.batch_size*step+features), step
+    before, in_step = (2*n_images*foundation["flops"], 0) if cached else (0, foundation["flops"])
+    step = _step_flops(cfg, tok, in_step) if steps else 0
+    return dict(images=steps*training.batch_size, flops=steps*training.batch_size*step+before), step
 
 def _sample_stage(sampling, tok, dit):
     "Samples are drawn without guidance and, where there is some, with it, which asks the network twice"

@@ -8,6 +8,7 @@ __all__ = ['read_log', 'cut_log', 'TensorBoardWriter', 'WandbWriter', 'batch_ite
 
 # %% ../../nbs/88_training.logs.ipynb #d9670f39
 import csv, importlib.util, math, re, sys, time, uuid
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Iterable
 import matplotlib.pyplot as plt, psutil, torch
@@ -270,7 +271,7 @@ class _PlainNumbers(LogFormatter): # 0.6 where it says 6e-01
     def __call__(self, x, pos=None): return f"{x:g}" if super().__call__(x, pos) else ""
 
 def _draw_panel(ax, title, terms):
-    values = [v for points in terms.values() for _,v in points]
+    values = [v for _,v in chain(*terms.values())]
     for i,(term,points) in enumerate(terms.items()):
         style = dict(color="0.2", lw=1) if term == "loss" else dict(color=f"C{i}", lw=1.3)
         label = as_label(term.removeprefix("loss/").removeprefix("valid/"))

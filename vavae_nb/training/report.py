@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_grid', 'draw_classes', 'draw_curves', 'reconstruct', 'provenance', 'judge', 'measure', 'summary']
 
-# %% ../../nbs/91_training.report.ipynb #e85b7b05
+# %% ../../nbs/91_training.report.ipynb #4157ab1c
 import json
 from itertools import product
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..tokenizer.shards import check_shards
 from .logs import plot_history, read_log
 from .run import Run
 
-# %% ../../nbs/91_training.report.ipynb #54aa6718
+# %% ../../nbs/91_training.report.ipynb #0a54f6b6
 def draw_grid(
     rows:list,       # Of uint8 images, (n, H, W, 3) each
     names:list[str], # One per row
@@ -77,7 +77,7 @@ def reconstruct(
     tok.train(training)
     return out
 
-# %% ../../nbs/91_training.report.ipynb #6ce06d07
+# %% ../../nbs/91_training.report.ipynb #c805fa43
 def provenance(
     run:Run, # Its configuration, device and data
 )->dict:
@@ -87,7 +87,7 @@ def provenance(
     train, test = run.data
     return own | versions(run.device, run.cfg.precision) | dict(data=dict(train=about(train), test=about(test)))
 
-# %% ../../nbs/91_training.report.ipynb #444f0cab
+# %% ../../nbs/91_training.report.ipynb #1406afa0
 def judge(
     run:Run,  # With its samples drawn
     name:str, # One of `metrics.features.EXTRACTORS`
@@ -115,7 +115,7 @@ def _subset(images, n):
     if len(images) <= n: return images
     return images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
 
-# %% ../../nbs/91_training.report.ipynb #210b147f
+# %% ../../nbs/91_training.report.ipynb #68419fef
 def measure(
     run:Run, # With its samples drawn
 ):
@@ -159,7 +159,7 @@ def _nearest(run, network, features, shown, images):
     medians = dict(median_of_samples=of_samples.median().item(), median_of_test_images=of_test.median().item())
     return dict(network=network) | medians
 
-# %% ../../nbs/91_training.report.ipynb #2eb5716a
+# %% ../../nbs/91_training.report.ipynb #234aa1bc
 def _uniformity(run):
     tok, folder = run.tokenizer(), run.file("latents", "latents")
     latents = load_latents(folder, tok, check=False)
@@ -187,7 +187,7 @@ def _draw_density(points, density, path):
         with atomic_write(path) as tmp: ax.figure.savefig(tmp, dpi=110)
         plt.close(ax.figure)
 
-# %% ../../nbs/91_training.report.ipynb #4f2612d8
+# %% ../../nbs/91_training.report.ipynb #6e273b27
 def summary(
     run:Run, # With all stages done
 )->str:
