@@ -19,7 +19,7 @@ from vavae_nb.dit.compiling import compile_blocks
 from vavae_nb.dit.cost import count_params, flops_per_image
 from vavae_nb.dit.model import create_dit
 from vavae_nb.tokenizer.latents import Latents
-from vavae_nb.training.costs import measured_rate
+from vavae_nb.training.rates import measured_rate
 from vavae_nb.base.tensors import autocast, generator, resolve_precision, seed_everything
 from vavae_nb.training.callbacks import fit_steps
 from vavae_nb.training.dit import dit_learner

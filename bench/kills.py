@@ -34,7 +34,7 @@ from vavae_nb.base.progress import spoken
 from vavae_nb.metrics.features import feature_extractor
 from vavae_nb.recipes.paper import recipe
 from vavae_nb.train import main
-from vavae_nb.training import stages
+from vavae_nb.training.run import Run
 
 STAGES = ("tokenizer", "latents", "dit", "sample", "evaluate")
 CLOCKS = ("images_per_second", "memory_gb", "mfu")
@@ -118,7 +118,7 @@ def differences(reference, out):
 
 CALLS = { # Whose, and which argument is the path
     "os.replace": (os, 1), "os.rename": (os, 1), "os.unlink": (os, 0), "shutil.rmtree": (shutil, 0),
-    "Checkpoints.finish": (Checkpoints, 0), "Run.record": (stages.Run, 1)}
+    "Checkpoints.finish": (Checkpoints, 0), "Run.record": (Run, 1)}
 
 def kind_of(name, args, out):
     "A call as `function path`, numbers and random letters left out; nothing for what is not of the run"

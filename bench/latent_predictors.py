@@ -24,7 +24,9 @@ from vavae_nb.metrics.quality import FeatureStats, fd
 from vavae_nb.tokenizer.foundation import FoundationModel, cached_features
 from vavae_nb.train import configuration
 from vavae_nb.training.dashboard import probe_images, tokenizer_report
-from vavae_nb.training.stages import Run, provenance, run_stages
+from vavae_nb.training.report import provenance
+from vavae_nb.training.run import Run
+from vavae_nb.training.stages import run_stages
 
 tokenizers = { # name → recipe, and what is changed in it
     "d8-none": ("cifar10-f4d8-none-b", {}), "d8-vf": ("cifar10-f4d8-lite0-b", {}),

@@ -11,7 +11,8 @@ from vavae_nb.metrics.latents import (channel_normalised, effective_rank, high_f
 from vavae_nb.recipes.paper import recipe
 from vavae_nb.base.tensors import generator, test_tensor
 from vavae_nb.training.dashboard import LatentDashboard, plot_dashboard, probe_images
-from vavae_nb.training.stages import read_log, run_stages
+from vavae_nb.training.logs import read_log
+from vavae_nb.training.stages import run_stages
 
 def randn(*size, what="x"): return torch.randn(*size, generator=generator(0, what))
 

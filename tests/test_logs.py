@@ -37,10 +37,12 @@ class At(Callback):
         if self.train_iter == self.step: self.fn(self.learn)
 
 def toy(*cbs, n=66, bs=12):
-    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)); y = x@torch.tensor([[2.], [-1.]])
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    y = x@torch.tensor([[2.], [-1.]])
     torch.manual_seed(0)
     dls = Loaders(Batches(n, lambda i,f: (x[i], y[i]), bs))
-    sgd, usual = partial(OptimWrapper, opt=torch.optim.SGD), [ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20)]
+    sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+    usual = [ClipGrad(), LRSchedule(20, "cosine", 3), DataParallel(), MaxSteps(20)]
     return StepLearner(dls, nn.Linear(2, 1), Loss(), opt_func=sgd, lr=.1, cbs=[*usual, *cbs])
 
 def rows(path, stage="toy"): return {k: v for k,v in read_log(path)[stage].items() if k not in CLOCKS}
@@ -55,24 +57,38 @@ def on_two(folder):
     import torch._dynamo # As DistributedDataParallel would, for 7 s in each of them; fastai, too, is imported once
     children = []
     for r in range(2):
-        if pid := os.fork(): children.append(pid); continue
-        os.environ |= dict(RANK=str(r), LOCAL_RANK=str(r))
-        for fd,name in ((1, "out"), (2, "err")): os.dup2(os.open(folder/f"{name}{r}.txt", os.O_CREAT|os.O_WRONLY), fd)
-        code = 1
-        try:
-            keep = lambda learn: (state := training_state(learn)) and is_first() and torch.save(state, folder/"state.pt")
-            with joined(torch.device("cpu")): fit_steps(toy(TermsLog(folder/"two.csv", "toy", every=4, flops_per_image=12, peak=(1e9, "a guess")), StepBar(20, "toy"), At(10, keep)), 20)
-            code = 0
-        except BaseException: traceback.print_exc()
-        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+        pid = os.fork()
+        if pid == 0: log_as(r, folder) # And end
+        children.append(pid)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+
+def log_as(rank, folder):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+    for fd,name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder/f"{name}{rank}.txt", os.O_CREAT|os.O_WRONLY), fd)
+    def keep(learn):
+        state = training_state(learn)
+        if is_first(): torch.save(state, folder/"state.pt")
+    code = 1
+    try:
+        with joined(torch.device("cpu")):
+            log = TermsLog(folder/"two.csv", "toy", every=4, flops_per_image=12, peak=(1e9, "a guess"))
+            fit_steps(toy(log, StepBar(20, "toy"), At(10, keep)), 20)
+        code = 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "That, without a terminal"
     d = tmp_path_factory.mktemp("two")
-    env = os.environ | together(2) | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]), PYTHONWARNINGS="ignore")
-    r = subprocess.run([sys.executable, "-c", f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"], env=env, timeout=900)
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | together(2) | dict(PYTHONPATH=here, PYTHONWARNINGS="ignore")
+    code = f"from pathlib import Path; from test_logs import on_two; on_two(Path({str(d)!r}))"
+    r = subprocess.run([sys.executable, "-c", code], env=env, timeout=900)
     said = [[(d/f"{name}{k}.txt").read_text(encoding="utf-8") for name in ("out", "err")] for k in range(2)]
     assert r.returncode == 0, said
     return d, said
@@ -99,32 +115,38 @@ def test_a_run_of_two_processes_goes_on_on_one(two, one, tmp_path):
 
 def test_lines_without_a_terminal_and_from_the_first_process_only(two):
     (out, err), (out1, err1) = two[1]
-    assert re.fullmatch(r"(toy: \d+/20 steps, [\d.,]+ steps/s, .*\n)*toy: 20/20 steps, [\d.,]+ steps/s, in \d+ s, [\d,]+ images/s, loss [\d.e-]+\n", err), repr(err)
+    under_way, last = r"toy: \d+/20 steps, [\d.,]+ steps/s, .*\n", r"toy: 20/20 steps, [\d.,]+ steps/s, in \d+ s, "
+    assert re.fullmatch(f"({under_way})*{last}"+r"[\d,]+ images/s, loss [\d.e-]+\n", err), repr(err)
     assert out1 == err1 == "" and out == "mfu is the share of 0.001 TFLOP/s on each of 2 devices, a guess\n"
 
-@pytest.mark.parametrize("at,killed,every", [(10, 13, 4), (8, 8, 4), (8, 17, 4), (1, 4, 4), (20, 20, 4), (20, 20, 6)]) # In the middle of a row, at its end, after the last, whole and partial
+def keep(states): return lambda learn: states.append(copy.deepcopy(training_state(learn)))
+def die(learn): raise KeyboardInterrupt
+
+# In the middle of a row, at its end, after the last, whole and partial
+ACCIDENTS = [(10, 13, 4), (8, 8, 4), (8, 17, 4), (1, 4, 4), (20, 20, 4), (20, 20, 6)]
+
+@pytest.mark.parametrize("at,killed,every", ACCIDENTS)
 def test_a_killed_and_continued_run_leaves_the_log_of_the_unbroken_one(at, killed, every, tmp_path):
-    p = tmp_path/"log.csv"
+    p, states = tmp_path/"log.csv", []
     fit_steps(toy(TermsLog(tmp_path/"unbroken.csv", "toy", every)), 20)
     one = rows(tmp_path/"unbroken.csv")
     p.write_text("stage,step,seconds,term,value\nother,99,1.0,loss,0.5\n", encoding="utf-8")
-    kept = []
-    def die(_): raise KeyboardInterrupt
-    cut = toy(TermsLog(p, "toy", every), At(at, lambda l: kept.append(copy.deepcopy(training_state(l)))), *([At(killed, die)] if killed < 20 else []))
-    try: fit_steps(cut, 20)
-    except KeyboardInterrupt: p.write_text(p.read_text(encoding="utf-8")+"toy,20,1.0,lo", encoding="utf-8") # And in the middle of a write
+    accident = [At(killed, die)] if killed < 20 else []
+    try: fit_steps(toy(TermsLog(p, "toy", every), At(at, keep(states)), *accident), 20)
+    except KeyboardInterrupt: # And in the middle of a write
+        p.write_text(p.read_text(encoding="utf-8")+"toy,20,1.0,lo", encoding="utf-8")
     again = TermsLog(p, "toy", every)
-    fit_steps(toy(again, Resume(kept[0])), 20)
+    fit_steps(toy(again, Resume(states[0])), 20)
     assert rows(p) == one and read_log(p)["other"] == dict(loss=[(99, .5)])
     assert [(r["step"], float(f"{r['loss']:.6g}")) for r in again.history] == one["loss"]
-    assert sorted(float(l.split(",")[2]) for l in p.read_text(encoding="utf-8").splitlines()[2:]) == [float(l.split(",")[2]) for l in p.read_text(encoding="utf-8").splitlines()[2:]] # Seconds go on
+    seconds = [float(line.split(",")[2]) for line in p.read_text(encoding="utf-8").splitlines()[2:]]
+    assert sorted(seconds) == seconds # They go on
 
 def test_tensorboard_holds_the_rows_of_the_csv(tmp_path):
-    kept, p = [], tmp_path/"log.csv"
+    states, p = [], tmp_path/"log.csv"
     def log(): return TermsLog(p, "toy", every=4, writers=[TensorBoardWriter(tmp_path/"tensorboard"/"toy")])
-    def die(_): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit_steps(toy(log(), At(10, lambda l: kept.append(copy.deepcopy(training_state(l)))), At(14, die)), 20)
-    fit_steps(toy(log(), Resume(kept[0])), 20)
+    with pytest.raises(KeyboardInterrupt): fit_steps(toy(log(), At(10, keep(states)), At(14, die)), 20)
+    fit_steps(toy(log(), Resume(states[0])), 20)
     events = EventAccumulator(str(tmp_path/"tensorboard"/"toy")).Reload()
     csv = read_log(p)["toy"]
     assert set(events.Tags()["scalars"]) == set(csv)
@@ -137,21 +159,30 @@ def test_wandb_gets_the_rows_and_a_continued_run_is_the_same_one(tmp_path, monke
     class Run:
         def log(self, row, step): calls.append((step, row["loss"]))
         def finish(self): calls.append("finish")
-    fake = types.ModuleType("wandb"); fake.__spec__ = types.SimpleNamespace(name="wandb")
-    fake.init = lambda **kw: calls.append(kw) or Run()
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = types.SimpleNamespace(name="wandb")
+    def init(**kw):
+        calls.append(kw)
+        return Run()
+    fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    kept, log = [], lambda: TermsLog(every=10, writers=[WandbWriter("vavae", "toy-run", tmp_path/"wandb"/"toy")])
-    fit_steps(toy(log(), At(10, lambda l: kept.append(copy.deepcopy(training_state(l))))), 20)
-    first, ten, twenty, end = calls
-    assert (first["project"], first["name"], first["resume"], ten[0], twenty[0], end) == ("vavae", "toy-run", "allow", 10, 20, "finish")
-    calls.clear(); fit_steps(toy(log(), Resume(kept[0])), 20)
-    assert calls == [first, twenty, "finish"]
-    calls.clear(); fit_steps(toy(log()), 20)
+    states = []
+    def log(): return TermsLog(every=10, writers=[WandbWriter("vavae", "toy-run", tmp_path/"wandb"/"toy")])
+    fit_steps(toy(log(), At(10, keep(states))), 20)
+    first, *logged, end = calls
+    assert (first["project"], first["name"], first["resume"]) == ("vavae", "toy-run", "allow")
+    assert ([step for step,_ in logged], end) == ([10, 20], "finish")
+    calls.clear()
+    fit_steps(toy(log(), Resume(states[0])), 20)
+    assert calls == [first, logged[1], "finish"]
+    calls.clear()
+    fit_steps(toy(log()), 20)
     assert calls[0]["id"] != first["id"] # Begun anew: another run
 
 def test_cutting_a_log_that_is_not_there_or_is_cut_short(tmp_path):
     cut_log(tmp_path/"log.csv", "dit")
     assert not (tmp_path/"log.csv").exists()
-    (tmp_path/"log.csv").write_text("stage,step,seconds,term,value\ndit,4,0.1,loss,2\ndit,8,0.2,loss,1\ndit,12", encoding="utf-8")
+    lines = "stage,step,seconds,term,value", "dit,4,0.1,loss,2", "dit,8,0.2,loss,1", "dit,12"
+    (tmp_path/"log.csv").write_text("\n".join(lines), encoding="utf-8")
     cut_log(tmp_path/"log.csv", "dit", 8)
     assert read_log(tmp_path/"log.csv") == dict(dit=dict(loss=[(4, 2.)]))

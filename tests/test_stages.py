@@ -1,17 +1,24 @@
-"Stages of a run that end at the wrong moment, in the wrong folder, with the wrong settings: nothing is trained twice, nothing of others is touched, nothing is found out late"
+"""Stages of a run that end at the wrong moment, in the wrong folder, with the wrong settings: nothing is trained twice,
+nothing of others is touched, nothing is found out late"""
 import json, shutil, signal
 from contextlib import contextmanager, suppress
 import pytest
 from vavae_nb import train
-from vavae_nb.recipes.settings import override
+from vavae_nb.base.checkpoints import Checkpoints
 from vavae_nb.base.errors import CheckpointError, ConfigError, Stopped, VavaeError
+from vavae_nb.base.stopping import StopSignals
 from vavae_nb.recipes.paper import recipe
-from vavae_nb.training import stages
-from vavae_nb.training.stages import Run, run_stages
+from vavae_nb.recipes.settings import override
+from vavae_nb.training import report
+from vavae_nb.training.run import Run
+from vavae_nb.training.stages import run_stages
 
-CONFIG = override(recipe("smoke"), {"device": "cpu", "precision": "fp32", "data.limit": 40, "foundation.name": "none", "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 2),
-    "tokenizer_training.steps": 4, "tokenizer_training.batch_size": 8, "tokenizer_training.lpips_weight": 0., "tokenizer_training.disc_weight": 0.,
-    "dit.hidden_size": 32, "dit.depth": 1, "dit.num_heads": 2, "dit_training.steps": 4, "dit_training.batch_size": 8, "saving.every": 2,
+CONFIG = override(recipe("smoke"), {
+    "device": "cpu", "precision": "fp32", "data.limit": 40, "foundation.name": "none", "saving.every": 2,
+    "tokenizer.ch": 8, "tokenizer.latent_dim": 4, "tokenizer.ch_mult": (1, 2, 2),
+    "tokenizer_training.steps": 4, "tokenizer_training.batch_size": 8,
+    "tokenizer_training.lpips_weight": 0., "tokenizer_training.disc_weight": 0.,
+    "dit.hidden_size": 32, "dit.depth": 1, "dit.num_heads": 2, "dit_training.steps": 4, "dit_training.batch_size": 8,
     "sampling.n": 20, "sampling.points": 3, "evaluation.extractors": "alexnet", "evaluation.tsne_points": 0})
 MODELS = dict(tokenizer="tokenizer.safetensors", dit="dit.safetensors")
 
@@ -31,37 +38,56 @@ def stop(*_, **__): raise Stopped(signal.SIGTERM)
 def full(*_, **__): raise OSError(28, "No space left on device")
 
 def after(function): # Stops when the work is done
-    def act(*args, **kw): function(*args, **kw); stop()
+    def act(*args, **kw):
+        function(*args, **kw)
+        stop()
     return act
 
-@pytest.mark.parametrize("place", ["before the record", "after the record", "before the checkpoints go", "when one of them has gone", "while the curves are drawn"])
+def one_goes(checkpoints):
+    checkpoints.files.json(checkpoints.steps()[0]).unlink()
+    stop()
+
+def stop_at(place, stage, patch):
+    "A signal at this place of this stage"
+    finish = Checkpoints.finish
+    def at_finish(act):
+        def finish_of_any(checkpoints, last):
+            if checkpoints.folder.name == stage: act(checkpoints)
+            else: finish(checkpoints, last)
+        patch.setattr(Checkpoints, "finish", finish_of_any)
+    if place == "before the record": patch.setattr(Run, "record", stop)
+    if place == "after the record": patch.setattr(Run, "record", after(Run.record))
+    if place == "before the checkpoints go": at_finish(stop)
+    if place == "when one of them has gone": at_finish(one_goes)
+    if place == "while the curves are drawn": patch.setattr(report, "plot_history", stop)
+
+PLACES = ["before the record", "after the record", "before the checkpoints go", "when one of them has gone",
+          "while the curves are drawn"]
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("stage", MODELS)
 def test_what_was_trained_is_not_trained_again(whole, out, stage, place, monkeypatch, capsys):
     if stage == "dit": shutil.copytree(whole/"before-dit", out)
-    with monkeypatch.context() as m, suppress(Stopped):
-        record, finish = Run.record, stages.Checkpoints.finish
-        def at_finish(act): # Of this stage
-            m.setattr(stages.Checkpoints, "finish", lambda c, last: act(c) if c.folder.name == stage else finish(c, last))
-        if place == "before the record": m.setattr(Run, "record", stop)
-        elif place == "after the record": m.setattr(Run, "record", after(record))
-        elif place == "before the checkpoints go": at_finish(stop)
-        elif place == "when one of them has gone": at_finish(lambda c: (c.files.json(c.steps()[0]).unlink(), stop()))
-        else: m.setattr(stages, "plot_history", stop)
+    with monkeypatch.context() as patch, suppress(Stopped):
+        stop_at(place, stage, patch)
         run_stages(CONFIG, out, stage)
     capsys.readouterr()
     run_stages(CONFIG, out, stage)
     said = capsys.readouterr().out
     assert ("goes on from its checkpoint of step 4" if place == "before the record" else "done before") in said, said
-    assert (out/MODELS[stage]).exists()
-    if stage == "dit": assert (out/"dit.safetensors").read_bytes() == (whole/"run"/"dit.safetensors").read_bytes()
+    model = MODELS[stage]
+    assert (out/model).exists()
+    if stage == "dit": assert (out/model).read_bytes() == (whole/"run"/model).read_bytes()
     assert len(Run(CONFIG, out).checkpoints(stage).steps()) <= 1 # At most the best, if that is not the last
 
 def test_a_picture_that_cannot_be_drawn_ends_nothing(whole, out, monkeypatch):
     shutil.copytree(whole/"before-dit", out)
-    for name in ("plot_history", "save_grid"): monkeypatch.setattr(stages, name, full)
-    with pytest.warns(UserWarning, match=r"curves.png could not be drawn \(OSError.*No space left on device"): run_stages(CONFIG, out, "dit")
+    for name in ("plot_history", "save_grid"): monkeypatch.setattr(report, name, full)
+    with pytest.warns(UserWarning, match=r"curves.png could not be drawn \(OSError.*No space left on device"):
+        run_stages(CONFIG, out, "dit")
     with pytest.warns(UserWarning, match="samples.png could not be drawn"): run = run_stages(CONFIG, out, "sample")
-    assert {"dit", "sample"} <= run.state.keys() and not (out/"drawn").exists() and (out/"samples.npz").exists()
+    assert {"dit", "sample"} <= run.state.keys()
+    assert not (out/"drawn").exists() and (out/"samples.npz").exists()
 
 def test_samples_are_not_drawn_again(whole, out, monkeypatch, capsys):
     shutil.copytree(whole/"run", out)
@@ -70,11 +96,12 @@ def test_samples_are_not_drawn_again(whole, out, monkeypatch, capsys):
         run_stages(CONFIG, out, "sample")
     assert (out/"drawn").exists()
     run = run_stages(CONFIG, out, "sample")
-    assert "sample: done before" in capsys.readouterr().out and not (out/"drawn").exists() and run.state["sample"]["images"] == 40
+    assert "sample: done before" in capsys.readouterr().out
+    assert not (out/"drawn").exists() and run.state["sample"]["images"] == 40
 
 def test_a_signal_that_was_lost_is_found_between_two_stages(whole, out):
     shutil.copytree(whole/"before-dit", out)
-    class Lost(stages.StopSignals): # Noted after the training, and raised where nobody heard it
+    class Lost(StopSignals): # Noted after the training, and raised where nobody heard it
         @contextmanager
         def deferred(self):
             with super().deferred(): yield self
@@ -82,21 +109,25 @@ def test_a_signal_that_was_lost_is_found_between_two_stages(whole, out):
     with pytest.raises(Stopped): run_stages(CONFIG, out, stop=Lost())
     assert set(Run(CONFIG, out).state) == {"tokenizer", "latents", "dit"}
 
-@pytest.mark.parametrize("name", ["latents", "checkpoints", "checkpoints/dit", "latents/latents_rank00_shard000.safetensors", "drawn", "log.csv", "run.lock"])
+LINKS = ["latents", "checkpoints", "checkpoints/dit", "latents/latents_rank00_shard000.safetensors", "drawn", "log.csv",
+         "run.lock"]
+
+@pytest.mark.parametrize("name", LINKS)
 def test_nothing_is_written_or_deleted_through_a_link(whole, out, tmp_path, name):
     shutil.copytree(whole/"before-dit", out)
     theirs = tmp_path/"theirs"
-    if "." in name: theirs.write_text("precious")
-    else: (theirs/"dit").mkdir(parents=True); (theirs/"dit"/"step-00000002.json").write_text("precious")
+    precious = theirs if "." in name else theirs/"dit"/"step-00000002.json"
+    precious.parent.mkdir(parents=True, exist_ok=True)
+    precious.write_text("precious", encoding="utf-8")
     link = out/name
     if link.is_dir(): shutil.rmtree(link)
     link.unlink(missing_ok=True)
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(theirs)
-    files = lambda: {p: p.read_text() for p in (theirs, *theirs.rglob("*")) if p.is_file()}
-    before = files()
+    def files(): return {p: p.read_text(encoding="utf-8") for p in (theirs, *theirs.rglob("*")) if p.is_file()}
+    before, refusal = files(), "is a symbolic link to .*; a run writes and deletes only in its own folder"
     for force in (False, True):
-        with pytest.raises(ConfigError, match="is a symbolic link to .*; a run writes and deletes only in its own folder"): run_stages(CONFIG, out, "latents", force=force)
+        with pytest.raises(ConfigError, match=refusal): run_stages(CONFIG, out, "latents", force=force)
     assert files() == before and "precious" in before.values()
 
 def test_a_run_folder_may_be_a_link_itself(whole, out, tmp_path):
@@ -106,33 +137,50 @@ def test_a_run_folder_may_be_a_link_itself(whole, out, tmp_path):
 
 def test_what_killed_processes_left_is_swept(whole, out):
     shutil.copytree(whole/"run", out)
-    left = [out/".curves.png.abcd1234.part.png", out/"progress"/".samples-000004.png.x_1y2z3w.part.png", out/"latents"/".tmpA1b2C3"]
-    for p in left: p.write_text("half")
-    kept = out/".notes"; kept.write_text("mine")
+    left = [out/".curves.png.abcd1234.part.png", out/"progress"/".samples-000004.png.x_1y2z3w.part.png",
+            out/"latents"/".tmpA1b2C3"]
+    mine = out/".notes"
+    for p in (*left, mine): p.write_text("half", encoding="utf-8")
     run_stages(CONFIG, out, "dit")
-    assert not any(p.exists() for p in left) and kept.exists()
+    assert not any(p.exists() for p in left) and mine.exists()
 
 def test_a_damaged_record_is_named(whole, out):
     shutil.copytree(whole/"run", out)
     for text in ("{\"tokenizer\": {", "[]", "["*100_000):
-        (out/"state.json").write_text(text)
+        (out/"state.json").write_text(text, encoding="utf-8")
         with pytest.raises(CheckpointError, match=r"state.json .*(restore|remove) it"): run_stages(CONFIG, out)
 
-BAD = ["sampling.points=1", "sampling.cfg_interval=1,0.1", "sampling.shift=0", "sampling.n=0", "sampling.n=1", "sampling.n=-3", "evaluation.images=0", "evaluation.extractors=", "evaluation.batch_size=0",
-       "tokenizer_training.lr=nan", "dit_training.lr=-1", "tokenizer_training.lpips_every=0", "vf.adaptive_every=0", "saving.every=0", "dit_training.accumulate=0", "dit_training.accumulate=1000",
-       "data.size=-32", "dit_training.ema=2", "dit_training.ema=1", "sampling.cfg_channels=999", "tokenizer_training.disc_width=0", "seed=-1", "tokenizer_training.betas=0.5,1", "sampling.cfg_scale=inf",
-       "tokenizer_training.phases={steps: 0}", "tokenizer.ch_mult=", "vf.weight=nan"]
+BAD = [
+    "sampling.points=1", "sampling.cfg_interval=1,0.1", "sampling.shift=0", "sampling.n=0", "sampling.n=1",
+    "sampling.n=-3", "evaluation.images=0", "evaluation.extractors=", "evaluation.batch_size=0",
+    "tokenizer_training.lr=nan", "dit_training.lr=-1", "tokenizer_training.lpips_every=0", "vf.adaptive_every=0",
+    "saving.every=0", "dit_training.accumulate=0", "dit_training.accumulate=1000", "data.size=-32",
+    "dit_training.ema=2", "dit_training.ema=1", "sampling.cfg_channels=999", "tokenizer_training.disc_width=0",
+    "seed=-1", "tokenizer_training.betas=0.5,1", "sampling.cfg_scale=inf", "tokenizer_training.phases={steps: 0}",
+    "tokenizer.ch_mult=", "vf.weight=nan"]
 
 @pytest.mark.parametrize("setting", BAD)
 def test_a_number_that_no_stage_could_use(setting):
     name, _, value = setting.partition("=")
-    with pytest.raises(ConfigError, match=name.replace(".", r"\.")): train.configuration("smoke", settings={name: value})
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+        train.configuration("smoke", settings={name: value})
 
-@pytest.mark.parametrize("changes", [{"sampling.solver": "ddim"}, {"dit_training.path": "vp", "sampling.solver": "euler", "dit_training.prediction": "nosuch"}, {"vf.project": "sideways"}, {"foundation.normalize": "yes"},
-                                     {"tokenizer.start": "zero"}, {"dit.num_heads": 5}, {"dit.patch_size": 3}, {"dit_training.path": "ddpm"}, {"evaluation.extractors": "alexnett"}])
+REFUSED = [
+    {"sampling.solver": "ddim"}, {"vf.project": "sideways"}, {"foundation.normalize": "yes"},
+    {"tokenizer.start": "zero"},
+    {"dit_training.path": "vp", "sampling.solver": "euler", "dit_training.prediction": "nosuch"}, {"dit.num_heads": 5},
+    {"dit.patch_size": 3}, {"dit_training.path": "ddpm"}, {"evaluation.extractors": "alexnett"}]
+
+@pytest.mark.parametrize("changes", REFUSED)
 def test_what_a_later_stage_would_refuse_is_refused_first(out, changes):
     with pytest.raises(VavaeError): run_stages(override(CONFIG, changes), out)
     assert not (out/"tokenizer.safetensors").exists() and not (out/"log.csv").exists()
+
+def test_a_run_begins_without_a_word_of_its_rehearsal(whole, out, capfd):
+    shutil.copytree(whole/"before-dit", out)
+    run_stages(CONFIG, out, "latents")
+    said = capfd.readouterr()
+    assert "latents: done before" in said.out and "sampling" not in said.out+said.err
 
 def flip(path): # One bit, in the middle
     raw = bytearray(path.read_bytes())
@@ -145,7 +193,8 @@ def test_a_flipped_bit_in_latents_is_made_again(whole, out):
     before = shard.read_bytes()
     flip(shard)
     run = Run(CONFIG, out)
-    with pytest.warns(UserWarning, match="is not what was written.*it is extracted again"): stages._make_shards(run, run.tokenizer(), (0, 1))
+    with pytest.warns(UserWarning, match="is not what was written.*it is extracted again"):
+        run.make_shards(run.tokenizer(), (0, 1))
     assert shard.read_bytes() == before
 
 @pytest.mark.parametrize("name,stage", [("dit.safetensors", "sample"), ("tokenizer.safetensors", "sample")])

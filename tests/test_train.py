@@ -6,11 +6,12 @@ from vavae_nb.recipes.settings import load_config
 from vavae_nb.base.errors import VavaeError
 from vavae_nb.data.images import embedded
 
-SMALL = ["--recipe", "smoke", "--device", "cpu", "--set", "tokenizer.ch=16", "tokenizer.latent_dim=4", "tokenizer_training.lpips_slices=1", "dit.depth=1",
-         "evaluation.extractors=alexnet", "evaluation.images=40"]
+SMALL = ["--recipe", "smoke", "--device", "cpu", "--set", "tokenizer.ch=16", "tokenizer.latent_dim=4",
+         "tokenizer_training.lpips_slices=1", "dit.depth=1", "evaluation.extractors=alexnet", "evaluation.images=40"]
 
-def train(*args, cwd=None):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", *map(str, args)], capture_output=True, encoding="utf-8", cwd=cwd)
+def train(*args, **kw):
+    command = [sys.executable, "-m", "vavae_nb.train", *map(str, args)]
+    r = subprocess.run(command, capture_output=True, encoding="utf-8", **kw)
     return r.returncode, r.stdout, r.stderr
 
 def refused(*args, cwd=None):
@@ -28,7 +29,9 @@ def pets(tmp_path_factory):
         im = Image.fromarray(images.pixels[i]).resize((40+i % 7, 36))
         if i % 5 == 0: im = im.convert("L")
         if i % 7 == 0: im = im.convert("RGBA")
-        p = root/("cats", "dogs")[i % 2]/f"{i:02d}.png"; p.parent.mkdir(parents=True, exist_ok=True); im.save(p)
+        p = root/("cats", "dogs")[i % 2]/f"{i:02d}.png"
+        p.parent.mkdir(parents=True, exist_ok=True)
+        im.save(p)
     (root/"cats"/"broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a jpeg")
     return root
 
@@ -42,8 +45,10 @@ def run(pets, tmp_path_factory):
 
 def test_run_on_a_folder(run):
     out, text, err = run
-    for f in ("config.yaml", "tokenizer.safetensors", "latents/latents_rank00_shard000.safetensors", "latents/latents_stats.pt", "dit.safetensors", "log.csv", "metrics.json", "samples.npz",
-              "reconstructions.png", "samples.png", "curves.png", "tsne.png", "nearest.png"): assert (out/f).stat().st_size > 0, f
+    pictures = [f"{name}.png" for name in ("reconstructions", "samples", "curves", "tsne", "nearest")]
+    latents = "latents/latents_rank00_shard000.safetensors", "latents/latents_stats.pt"
+    models, tables = ("tokenizer.safetensors", "dit.safetensors"), ("config.yaml", "log.csv", "metrics.json")
+    for f in (*models, *latents, "samples.npz", *tables, *pictures): assert (out/f).stat().st_size > 0, f
     assert "broken.jpg" in err and "1 of 61 images could not be decoded" in err
     x = np.load(out/"samples.npz")
     assert x["arr_0"].shape == (20, 32, 32, 3) and x["arr_0"].dtype == np.uint8 and set(x["labels"]) == {0, 1}
@@ -82,7 +87,8 @@ def test_a_damaged_checkpoint_is_named(run, pets):
     whole = p.read_bytes()
     try:
         p.write_bytes(whole[:len(whole)//2])
-        assert "is not a whole safetensors file" in refused("--data", pets, "--out", run[0], "--stage", "sample", "--force", *SMALL)
+        err = refused("--data", pets, "--out", run[0], "--stage", "sample", "--force", *SMALL)
+        assert "is not a whole safetensors file" in err
     finally: p.write_bytes(whole)
 
 @pytest.mark.parametrize("args, message", [
@@ -118,7 +124,8 @@ def test_what_does_not_fit_is_refused_before_training(settings, message, tmp_pat
     assert not (tmp_path/"run"/"tokenizer.safetensors").exists()
 
 def test_training_that_diverges_stops_with_advice(tmp_path):
-    err = refused(*SMALL, "tokenizer_training.lr=1e30", "tokenizer_training.clip=0", "tokenizer_training.steps=20", "--vf", "none", "--out", tmp_path/"run")
+    wild = [f"tokenizer_training.{s}" for s in ("lr=1e30", "clip=0", "steps=20")]
+    err = refused(*SMALL, *wild, "--vf", "none", "--out", tmp_path/"run")
     assert "Lower the learning rate" in err or "not finite" in err
 
 @pytest.mark.slow
@@ -135,5 +142,7 @@ def test_the_tiny_recipe_reaches_its_quality(tmp_path):
 
 @pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path):
-    r = subprocess.run([sys.executable, "-m", "vavae_nb.train", "--out", str(tmp_path/"run"), *SMALL, "compile=true"], capture_output=True, encoding="utf-8", env=os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
-    assert r.returncode == 0 and "torch.compile failed" in r.stderr and (tmp_path/"run"/"metrics.json").exists(), r.stdout+r.stderr
+    env = os.environ | dict(CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    code, text, err = train("--out", tmp_path/"run", *SMALL, "compile=true", env=env)
+    assert code == 0, text+err
+    assert "torch.compile failed" in err and (tmp_path/"run"/"metrics.json").exists()

@@ -24,22 +24,34 @@ def _together(device): # With the other processes, if a launcher started several
 def _extractors(names, resize, weights, device):
     from vavae_nb.metrics.features import feature_extractor
     from vavae_nb.base.processes import first_alone
+    def extractor(name):
+        file = weights if name == "inception" else None
+        return feature_extractor(name, filter=resize, weights=file).to(device)
     try:
-        with first_alone(): return [feature_extractor(k, filter=resize, weights=weights if k == "inception" else None).to(device) for k in names or ("inception",)]
+        with first_alone(): return [extractor(name) for name in names or ("inception",)]
     except WeightsError as e:
-        raise WeightsError(f"{e}\nOr measure with a small packaged network, whose distance is not called FID: --extractor efficientnet_lite0") from None
+        raise WeightsError(f"{e}\nOr measure with a small packaged network, whose distance is not called FID: "
+                           "--extractor efficientnet_lite0") from None
+
+def _images(data, size, n): # At most n of them, evenly over the classes; 0: all
+    from vavae_nb.data.folders import first_of_each
+    from vavae_nb.metrics.generation import open_images
+    images = open_images(data, size)
+    if not 0 < n < len(images): return images
+    return images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
 
 def _beside(source, action): # Where the JSON goes
     path = Path(source).expanduser()
     if path.is_dir(): return path/f"evaluation-{action}.json"
     return (path.parent if path.is_file() else Path())/f"{path.stem.replace(':', '-')}-evaluation-{action}.json"
 
-def _report(e, out, source):
-    from vavae_nb.metrics.evaluation import table
+def _report(evaluation, out, source):
     from vavae_nb.base.processes import is_first
+    from vavae_nb.metrics.evaluation import table
     if not is_first(): return
-    print("\n"+table(e))
-    e.save(path := Path(out) if out else _beside(source, e.action))
+    print("\n"+table(evaluation))
+    path = Path(out) if out else _beside(source, evaluation.action)
+    evaluation.save(path)
     print(f"\nall of it, figure by figure: {path}")
 
 # %% ../nbs/98_evaluate.ipynb #aa793d8e
@@ -51,8 +63,11 @@ def reconstruction(
     size:int=0, # Side of the images, pixels: centre-cropped and scaled (default: the tokenizer's)
     n:int=0, # Images at most, evenly over the classes; 0: all
     latent:Param("What of the posterior is decoded", choices=("mode", "sample"))="mode",
-    extractor:Param("Networks of the Fréchet distance, one or several; inception's alone is called rFID (default: inception)", nargs="+")=None,
-    resize:str=None, # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
+    extractor:Param("Networks of the Fréchet distance, one or several; inception's alone is called rFID "
+                    "(default: inception)", nargs="+")=None,
+    # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased,
+    # bicubic-pil (default: each one's own)
+    resize:str=None,
     weights:str=None, # File of inception's weights, or torch-fidelity for its download (default: what is there)
     lpips:Param("Network of LPIPS", choices=("vgg16", "alexnet", "none"))="vgg16",
     errors:int=0, # Random halves for the error bar of the Fréchet distance, 20 are enough; 0: none
@@ -62,50 +77,62 @@ def reconstruction(
     precision:str="fp32", # Of the tokenizer: fp32, bf16 or auto
     out:str=None, # The JSON (default: evaluation-reconstruction.json beside the tokenizer)
 ):
-    "Compare images with what a tokenizer makes of them: PSNR, SSIM, LPIPS, rFID. Images are rounded to 8 bits on both sides, as files would be."
+    """Compare images with what a tokenizer makes of them: PSNR, SSIM, LPIPS, rFID. Images are rounded to 8 bits
+    on both sides, as files would be."""
     with user_errors("nothing was written"):
-        from vavae_nb.data.folders import first_of_each
-        from vavae_nb.metrics.reconstruction import evaluate_reconstruction
-        from vavae_nb.metrics.generation import open_images
         from vavae_nb.base.processes import is_first
         from vavae_nb.interop.loading import load_tokenizer
+        from vavae_nb.metrics.reconstruction import evaluate_reconstruction
         with _together(device) as device:
             tok = load_tokenizer(tokenizer).to(device).eval()
-            images = open_images(data, size or tok.config["resolution"])
-            if 0 < n < len(images): images = images.subset(first_of_each(images.labels, n), f"{images.name}, {n} of {len(images)}")
-            ex = _extractors(extractor, resize, weights, device)
-            if is_first(): print(f"{len(images)} images of {images.name} by {Path(tokenizer).name} on {device}", flush=True)
-            _report(evaluate_reconstruction(tok, images, ex, lpips=lpips, latent=latent, repeats=errors, seed=seed, batch_size=batch_size, precision=precision), out, tokenizer)
+            images = _images(data, size or tok.config["resolution"], n)
+            networks = _extractors(extractor, resize, weights, device)
+            if is_first():
+                print(f"{len(images)} images of {images.name} by {Path(tokenizer).name} on {device}", flush=True)
+            evaluation = evaluate_reconstruction(tok, images, networks, lpips=lpips, latent=latent, repeats=errors,
+                                                 seed=seed, batch_size=batch_size, precision=precision)
+            _report(evaluation, out, tokenizer)
 
 # %% ../nbs/98_evaluate.ipynb #7ee1240a
 @sections("python -m vavae_nb.evaluate generation --samples runs/tiny/samples --reference embedded:train",
           samples="what to compare", extractor="how to measure", batch_size="how it runs", out="what it leaves")
 def generation(
     samples:Param("Folder of vavae_nb.sample, run folder, folder of images, or an .npz", required=True)=None,
-    reference:Param("Folder of images, an .npz of images or of stored statistics (ADM's), embedded:train, embedded:test, or a run folder", required=True)=None,
+    reference:Param("Folder of images, an .npz of images or of stored statistics (ADM's), embedded:train, "
+                    "embedded:test, or a run folder", required=True)=None,
     size:int=0, # Centre-crop the reference, a folder of class folders, to this side; 0: as it is
-    label_sampling:str=None, # How labels were sampled (random, balanced), where the samples do not say (default: unknown)
-    extractor:Param("Networks, one or several; inception's distance alone is called FID (default: inception)", nargs="+")=None,
-    resize:str=None, # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased, bicubic-pil (default: each one's own)
+    # How labels were sampled (random, balanced), where the samples do not say (default: unknown)
+    label_sampling:str=None,
+    extractor:Param("Networks, one or several; inception's distance alone is called FID (default: inception)",
+                    nargs="+")=None,
+    # Filter that makes images as large as an extractor takes them: bilinear-tf1, bilinear, bilinear-antialiased,
+    # bicubic-pil (default: each one's own)
+    resize:str=None,
     weights:str=None, # File of inception's weights, or torch-fidelity for its download (default: what is there)
-    metrics:Param("What to measure, of fd, sfid, kid, precision_recall, inception_score; one that cannot be measured is then an error (default: all that can be)", choices=("fd", "sfid", "kid", "precision_recall", "inception_score"), nargs="+")=None,
+    metrics:Param("What to measure, of fd, sfid, kid, precision_recall, inception_score; one that cannot be measured "
+                  "is then an error (default: all that can be)",
+                  choices=("fd", "sfid", "kid", "precision_recall", "inception_score"), nargs="+")=None,
     infinity:bool=False, # Also extrapolate the Fréchet distance to infinitely many samples
     per_class:bool=False, # Also the Fréchet distance of each class
     errors:int=0, # Random halves for the error bars of Fréchet distances, 20 are enough; 0: none
-    splits:Param("Of the inception score: consecutive ones of 5,000, or ten shuffled", choices=("adm", "torch-fidelity"))="adm",
+    splits:Param("Of the inception score: consecutive ones of 5,000, or ten shuffled",
+                 choices=("adm", "torch-fidelity"))="adm",
     k:int=3, # Neighbours of precision and recall
     seed:int=0, # Of the halves
     batch_size:int=64, # Images at a time
     device:str="auto", # auto, cpu, cuda, cuda:N or mps
     out:str=None, # The JSON (default: evaluation-generation.json beside the samples)
 ):
-    "Compare samples with a reference: FID, sFID, KID, precision, recall, inception score. Label sampling, guidance, solver and seed are read from the samples' sample.json or their run's config.yaml."
+    """Compare samples with a reference: FID, sFID, KID, precision, recall, inception score. Label sampling, guidance,
+    solver and seed are read from the samples' sample.json or their run's config.yaml."""
     with user_errors("features of whole sets are kept: call the same command again"):
         from vavae_nb.metrics.generation import evaluate_generation
         with _together(device) as device:
-            ex = _extractors(extractor, resize, weights, device)
-            _report(evaluate_generation(samples, reference, ex, metrics=metrics, infinity=infinity, per_class=per_class, repeats=errors, splits=splits, k=k, size=size,
-                                        label_sampling=label_sampling or "", seed=seed, batch_size=batch_size), out, samples)
+            networks = _extractors(extractor, resize, weights, device)
+            evaluation = evaluate_generation(samples, reference, networks, metrics=metrics, infinity=infinity,
+                                             per_class=per_class, repeats=errors, splits=splits, k=k, size=size,
+                                             label_sampling=label_sampling or "", seed=seed, batch_size=batch_size)
+            _report(evaluation, out, samples)
 
 # %% ../nbs/98_evaluate.ipynb #6c9abd6e
 @sections("python -m vavae_nb.evaluate latents --shards runs/tiny/latents --quick",
@@ -119,10 +146,12 @@ def latents(
     perplexity:float=30., # Of t-SNE
     out:str=None, # The JSON (default: evaluation-latents.json among the shards)
 ):
-    "Uniformity of a latent space as in the paper's Table 6, with a companion that needs no t-SNE, effective rank and high frequencies."
+    """Uniformity of a latent space as in the paper's Table 6, with a companion that needs no t-SNE, effective rank
+    and high frequencies."""
     with user_errors("nothing was written"):
         from vavae_nb.metrics.latent_evaluation import evaluate_latents
-        n, runs = (2000 if quick else 10_000) if n is None else n, (1 if quick else 10) if runs is None else runs
+        if n is None: n = 2000 if quick else 10_000
+        if runs is None: runs = 1 if quick else 10
         _report(evaluate_latents(shards, n=n, runs=runs, perplexity=perplexity, seed=seed), out, shards)
 
 @sections("python -m vavae_nb.evaluate compare a.json b.json", a="what to compare")
@@ -130,7 +159,8 @@ def compare(
     a:str, # JSON of an evaluation
     b:str, # Another one
 ):
-    "Say what two evaluations differ in, then their figures side by side. Figures of different extractors are not subtracted."
+    """Say what two evaluations differ in, then their figures side by side. Figures of different extractors
+    are not subtracted."""
     with user_errors("nothing was written"):
         from vavae_nb.metrics.comparison import compare
         print(compare(a, b))
@@ -141,10 +171,13 @@ actions = dict(reconstruction=reconstruction, generation=generation, latents=lat
 @command
 @sections("python -m vavae_nb.evaluate generation --help", action="what to do")
 def main(
-    action:Param("reconstruction (of a tokenizer), generation (samples), latents (their space), or compare (two evaluations)", choices=("reconstruction", "generation", "latents", "compare")),
+    action:Param("reconstruction (of a tokenizer), generation (samples), latents (their space), "
+                 "or compare (two evaluations)", choices=("reconstruction", "generation", "latents", "compare")),
     options:Param("Those of the action, which its own --help lists", nargs=REMAINDER),
 ):
-    "Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize, label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes, which share the passes of the networks."
+    """Figures that can be audited: a table, and a JSON in which each says its extractor, reference, n, resize,
+    label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes,
+    which share the passes of the networks."""
     given = vars(parser(actions[action], f"python -m vavae_nb.evaluate {action}").parse_args(options))
     if action in ("latents", "compare") and process(None, None, "cpu")[0]: return # Work for one process
     actions[action](**given)

@@ -13,55 +13,57 @@ from .base.errors import ConfigError
 
 # %% ../nbs/96_extract.ipynb #ce3e5f06
 def _images(source, size, workers):
-    from vavae_nb.data.images import embedded
     from vavae_nb.data.folders import lazy_folder
+    from vavae_nb.data.images import embedded
     if source == "embedded":
         if size != 32: raise ConfigError(f"the embedded images are 32×32; --size {size} needs --data FOLDER")
         return embedded("train")
     root = Path(source).expanduser()
-    return lazy_folder(root/"train" if (root/"train").is_dir() and any((root/v).is_dir() for v in ("val", "test", "validation")) else root, size, workers=workers)
+    split = (root/"train").is_dir() and any((root/v).is_dir() for v in ("val", "test", "validation"))
+    return lazy_folder(root/"train" if split else root, size, workers=workers)
 
-def _record(tok, given, out, n, seed, new_stats, keep_file):
-    from vavae_nb.tokenizer.statistics import describe_folder, record_statistics
+def _extract(tok, images, out, **settings):
+    "The shards of this process"
+    from vavae_nb.tokenizer.shards import extract_shards, open_shard # Here, as below, so that --help needs no torch
+    made = extract_shards(tok, images, out, **settings)
+    lost = sum(len(open_shard(p)[1]["skipped"]) for p in made)
+    note = f"; {lost} images could not be decoded and are left out" if lost else ""
+    print(f"{len(made)} shards of this process are in {out}{note}")
+
+def _record_statistics(tok, file, out, n, seed, renew, given):
+    "Into the folder of latents; and into a tokenizer file of ours, unless one has them already"
     from vavae_nb.base.tensor_files import load_tensors
-    had = tok.latent_mean is not None and not new_stats
-    describe_folder(tok, out) if had else record_statistics(tok, out, n, seed)
-    print(f"statistics in {out/'latents_stats.pt'}: {'as the tokenizer has them' if had else 'taken, and given to the tokenizer'} ({', '.join(f'{k} {v}' for k,v in tok.latent_stats_source.items())})")
-    own = given/"tokenizer.safetensors" if given.is_dir() else given
+    from vavae_nb.tokenizer.statistics import describe_folder, record_statistics
+    kept = tok.latent_mean is not None and not renew
+    if kept: describe_folder(tok, out)
+    else: record_statistics(tok, out, n, seed)
+    origin = "as the tokenizer has them" if kept else "taken, and given to the tokenizer"
+    notes = ", ".join(f"{k} {v}" for k,v in tok.latent_stats_source.items())
+    print(f"statistics in {out/'latents_stats.pt'}: {origin} ({notes})")
+    own = file/"tokenizer.safetensors" if file.is_dir() else file
     ours = own.is_file() and own.suffix == ".safetensors"
-    if not (ours and had and keep_file): tok.save(own if ours else out/"tokenizer.safetensors", load_tensors(own)[1].get("meta") if ours else dict(source=given.name))
-
-def _extract(tokenizer, data, out, size, batch_size, per_shard, stats_n, latent_stats, new_stats, stats_only, seed, rank, world_size, workers, device, precision):
-    from vavae_nb.tokenizer.shards import extract_shards, open_shard
-    from vavae_nb.tokenizer.latents import missing_shards # Here, so that --help needs no torch
-    from vavae_nb.interop.loading import load_tokenizer
-    from vavae_nb.base.tensors import pick_device
-    device, given = pick_device(device), Path(tokenizer)
-    tok = load_tokenizer(given, latent_stats).to(device)
-    if not stats_only:
-        images = _images(data, size or tok.config["resolution"], workers)
-        print(f"{images} by {given.name}, process {rank} of {world_size} on {device}", flush=True)
-        made = extract_shards(tok, images, out, seed=seed, batch_size=batch_size, per_shard=per_shard, rank=rank, world_size=world_size, precision=precision)
-        lost = sum(len(open_shard(p)[1]["skipped"]) for p in made)
-        print(f"{len(made)} shards of this process are in {out}" + (f"; {lost} images could not be decoded and are left out" if lost else ""))
-    if missing := missing_shards(out):
-        return print(f"{len(missing)} shards of other processes are not there yet; the process that ends last takes the statistics (or --stats-only later)")
-    _record(tok, given, out, stats_n, seed, new_stats, latent_stats is None)
+    if not ours: tok.save(out/"tokenizer.safetensors", dict(source=file.name))
+    elif not kept or given: tok.save(own, load_tensors(own)[1].get("meta"))
 
 # %% ../nbs/96_extract.ipynb #45bb37ac
 @command
 @sections("python -m vavae_nb.extract --tokenizer runs/tiny --data ~/imagenet/train --out latents/train",
-          tokenizer="what to encode", out="what it leaves", stats_n="statistics of the latents", batch_size="how it runs", rank="several processes")
+          tokenizer="what to encode", out="what it leaves", stats_n="statistics of the latents",
+          batch_size="how it runs", rank="several processes")
 def main(
     tokenizer:Param("Run folder, our .safetensors, a published .pt, or a folder of diffusers", required=True)=None,
-    data:str="embedded", # Folder that holds one folder of images a class (or train/ and val/ with these inside: train is taken) (default: the embedded CIFAR-10 images)
+    # Folder that holds one folder of images a class (or train/ and val/ with these inside: train is taken)
+    # (default: the embedded CIFAR-10 images)
+    data:str="embedded",
     size:int=0, # Side of the images, pixels: centre-cropped and scaled (default: the tokenizer's)
     seed:int=0, # Of the posterior's noise and of the statistics' sample
     out:Param("Folder of the shards", required=True)=None,
     per_shard:int=10000, # Images a shard, at most
     stats_n:int=10000, # Latents that the statistics are taken from, chosen by the seed; 0: all of them
-    latent_stats:str=None, # A latents_stats.pt to be used instead, for a tokenizer that carries none (a published one) (default: none)
-    new_stats:bool=False, # Take statistics anew although the tokenizer has some; models trained with those no longer fit it
+    # A latents_stats.pt to be used instead, for a tokenizer that carries none (a published one) (default: none)
+    latent_stats:str=None,
+    # Take statistics anew although the tokenizer has some; models trained with those no longer fit it
+    new_stats:bool=False,
     stats_only:bool=False, # Extract nothing, take the statistics of the shards in --out
     batch_size:int=50, # Images at a time
     workers:int=0, # Threads that decode images (default: one a core)
@@ -70,7 +72,22 @@ def main(
     rank:int=None, # Number of this process, from 0 (default: $RANK, or 0)
     world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
 ):
-    "Encode a folder of images, and their mirror images, into latent shards of the published layout, and take the latents' statistics. A stopped call goes on where it was: whole shards are kept. Images that cannot be decoded are named and left out."
+    """Encode a folder of images, and their mirror images, into latent shards of the published layout,
+    and take the latents' statistics. A stopped call goes on where it was: whole shards are kept.
+    Images that cannot be decoded are named and left out."""
     with user_errors("call the same command again: whole shards are kept"):
         rank, world_size, device = process(rank, world_size, device)
-        _extract(tokenizer, data, Path(out), size, batch_size, per_shard, stats_n, latent_stats, new_stats, stats_only, seed, rank, world_size, workers, device, precision)
+        from vavae_nb.base.tensors import pick_device
+        from vavae_nb.interop.loading import load_tokenizer
+        from vavae_nb.tokenizer.latents import missing_shards
+        device, file, out = pick_device(device), Path(tokenizer), Path(out)
+        tok = load_tokenizer(file, latent_stats).to(device)
+        if not stats_only:
+            images = _images(data, size or tok.config["resolution"], workers)
+            print(f"{images} by {file.name}, process {rank} of {world_size} on {device}", flush=True)
+            _extract(tok, images, out, seed=seed, batch_size=batch_size, per_shard=per_shard, precision=precision,
+                     rank=rank, world_size=world_size)
+        missing = missing_shards(out)
+        if missing: print(f"{len(missing)} shards of other processes are not there yet; "
+                          "the process that ends last takes the statistics (or --stats-only later)")
+        else: _record_statistics(tok, file, out, stats_n, seed, new_stats, latent_stats is not None)

@@ -7,6 +7,7 @@ __all__ = ['configuration', 'checkpoints', 'main']
 
 # %% ../nbs/97_sample.ipynb #d27f8f06
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from fastcore.script import Param
@@ -25,12 +26,14 @@ def configuration(
     "What a command line asks for"
     cfg = Config()
     if run is not None:
-        if not Path(run).is_dir(): raise ConfigError(f"no run folder at {run}; it is the --out of python -m vavae_nb.train")
+        if not Path(run).is_dir():
+            raise ConfigError(f"no run folder at {run}; it is the --out of python -m vavae_nb.train")
         cfg = load_config(Path(run)/"config.yaml")
     if preset is not None:
         if preset not in sampling_presets: raise ConfigError(unknown_name("preset", preset, sampling_presets))
         cfg = override(cfg, sampling_presets[preset])
-    return override(cfg, (settings or {}) | {k: v for k,v in (options or {}).items() if v is not None})
+    given = {k: v for k,v in (options or {}).items() if v is not None}
+    return override(cfg, (settings or {}) | given)
 
 # %% ../nbs/97_sample.ipynb #390ca759
 def checkpoints(
@@ -39,61 +42,98 @@ def checkpoints(
     tokenizer:str|None, # and a tokenizer
 )->tuple[Path,Path]:    # Their files (of a tokenizer of diffusers: its folder)
     "The two checkpoints that a command line names"
-    if run is None and not (dit and tokenizer): raise ConfigError("give --run RUN_FOLDER, or both --dit FILE and --tokenizer FILE")
-    names = [Path(given or Path(run)/own) for given,own in ((dit, "dit.safetensors"), (tokenizer, "tokenizer.safetensors"))]
-    files = [p/own if (p/own).is_file() else p for p,own in zip(names, ("dit.safetensors", "tokenizer.safetensors"))]
-    for p in files:
-        if not p.exists(): raise CheckpointError(f"no file at {p}" + ("; finish the run's training first" if run and p.parent == Path(run) else ""))
-    if files[0].is_dir(): raise CheckpointError(f"{files[0]} is a folder without a dit.safetensors; give --dit the file of a LightningDiT")
-    return tuple(files)
+    if run is None and not (dit and tokenizer):
+        raise ConfigError("give --run RUN_FOLDER, or both --dit FILE and --tokenizer FILE")
+    dit_file = _file(dit, run, "dit.safetensors")
+    tokenizer_file = _file(tokenizer, run, "tokenizer.safetensors")
+    for p in (dit_file, tokenizer_file):
+        fix = "; finish the run's training first" if run and p.parent == Path(run) else ""
+        if not p.exists(): raise CheckpointError(f"no file at {p}{fix}")
+    if dit_file.is_dir():
+        raise CheckpointError(f"{dit_file} is a folder without a dit.safetensors; "
+                              "give --dit the file of a LightningDiT")
+    return dit_file, tokenizer_file
+
+def _file(given, run, name): # What was given, or the run's; of a folder the file of that name, if it has one
+    path = Path(given or Path(run)/name)
+    return path/name if (path/name).is_file() else path
 
 # %% ../nbs/97_sample.ipynb #44723400
-def _sample(cfg, dit, tokenizer, weights, latent_stats, classes, batch_size, chunk, out, wanted, rank, world_size):
+@dataclass(frozen=True)
+class _Request:
+    "What is to be drawn, with which models, and where to"
+    cfg:Config              # Settings of drawing, seed, device, precision
+    dit:Path                # File of the LightningDiT
+    tokenizer:Path          # File of the tokenizer, or a folder of diffusers
+    weights:str             # `ema` or `model`
+    latent_stats:str|None   # File for a tokenizer that carries no statistics
+    classes:str             # As for `class_labels`
+    batch_size:int          # Images at a time
+    chunk:int               # Images of a chunk
+    out:str|Path            # The folder
+    formats:list[str]       # What to make of the images
+
+def _sample(request, rank, world_size):
     "The set, and what was made of it: nothing, while other processes still have chunks to draw"
-    from vavae_nb.dit.compiling import compile_blocks # Here, so that --help needs no torch
-    from vavae_nb.sampling.sets import SampleSet, draw_chunks, settings_of
+    from vavae_nb.base.tensors import pick_device # Here, so that --help needs no torch
+    from vavae_nb.dit.compiling import compile_blocks
     from vavae_nb.sampling.drawing import class_labels, image_batches, load_pair
     from vavae_nb.sampling.formats import finish, made_already
-    from vavae_nb.base.tensors import pick_device
+    from vavae_nb.sampling.sets import SampleSet, draw_chunks, settings_of
+    r, cfg, sampling = request, request.cfg, request.cfg.sampling
     device = pick_device(cfg.device)
-    model, tok, notes = load_pair(dit, tokenizer, weights, latent_stats)
+    model, tok, notes = load_pair(r.dit, r.tokenizer, r.weights, r.latent_stats)
     for note in notes: print(f"note: {note}")
     names = (getattr(model, "meta", None) or {}).get("classes")
-    y = class_labels(classes, cfg.sampling.n, model.num_classes, names, cfg.seed)
-    settings = settings_of(cfg, dit, weights, tok, classes, device)
-    model.to(device); tok.to(device)
-    if cfg.compile: compile_blocks(model, 2*batch_size, cfg.precision)
-    how = dict(path=settings["path"], prediction=settings["prediction"], seed=cfg.seed, device=device, precision=cfg.precision, batch_size=batch_size)
-    next(image_batches(model, tok, y[:0], cfg.sampling, **how), None) # Settings that do not fit are refused before anything is written
-    samples = SampleSet(out, y, settings, names, chunk)
-    if set(wanted) <= set(made_already(samples)): return samples, [samples.out/samples.record["outputs"][f]["file"] for f in wanted]
-    draw_chunks(samples, model, tok, cfg.sampling, rank=rank, world_size=world_size, **how)
+    labels = class_labels(r.classes, sampling.n, model.num_classes, names, cfg.seed)
+    settings = settings_of(cfg, r.dit, r.weights, tok, r.classes, device)
+    model.to(device)
+    tok.to(device)
+    if cfg.compile: compile_blocks(model, 2*r.batch_size, cfg.precision)
+    drawing = dict(path=settings["path"], prediction=settings["prediction"], seed=cfg.seed, device=device,
+                   precision=cfg.precision, batch_size=r.batch_size)
+    # Settings that do not fit are refused before anything is written
+    next(image_batches(model, tok, labels[:0], sampling, progress=False, **drawing), None)
+    samples = SampleSet(r.out, labels, settings, names, r.chunk)
+    if set(r.formats) <= set(made_already(samples)):
+        return samples, [samples.out/samples.record["outputs"][f]["file"] for f in r.formats]
+    draw_chunks(samples, model, tok, sampling, rank=rank, world_size=world_size, **drawing)
     if samples.missing: return samples, []
-    return samples, finish(samples, wanted, files=dict(dit=str(dit), tokenizer=str(tokenizer)), notes=notes, command=sys.argv[1:])
+    files = dict(dit=str(r.dit), tokenizer=str(r.tokenizer))
+    return samples, finish(samples, r.formats, files=files, notes=notes, command=sys.argv[1:])
 
 # %% ../nbs/97_sample.ipynb #3ed1bcf8
 @command
 @sections("python -m vavae_nb.sample --run runs/tiny --classes 3,7,horse -n 64 --cfg-scale 2 --out horses",
-          run="models", classes="images", preset="solver and guidance", out="what it leaves", batch_size="how it runs", rank="several processes")
+          run="models", classes="images", preset="solver and guidance", out="what it leaves", batch_size="how it runs",
+          rank="several processes")
 def main(
-    run:str=None, # Run folder of vavae_nb.train, with its LightningDiT, tokenizer and settings (default: none; then give --dit and --tokenizer)
+    # Run folder of vavae_nb.train, with its LightningDiT, tokenizer and settings
+    # (default: none; then give --dit and --tokenizer)
+    run:str=None,
     dit:str=None, # LightningDiT: a .safetensors of ours, or a published .pt (default: the run's)
-    tokenizer:str=None, # Tokenizer: a .safetensors of ours, a published .pt, or a folder of diffusers (default: the run's)
-    latent_stats:str=None, # A latents_stats.pt, for a tokenizer that carries no statistics (a published one) (default: none)
+    # Tokenizer: a .safetensors of ours, a published .pt, or a folder of diffusers (default: the run's)
+    tokenizer:str=None,
+    # A latents_stats.pt, for a tokenizer that carries no statistics (a published one) (default: none)
+    latent_stats:str=None,
     weights:Param("Averaged weights, or those that were trained", choices=("ema", "model"))="ema",
-    classes:str="balanced", # balanced (all in turn), random (seeded), or indices and names with commas between: 3,7,horse
+    # balanced (all in turn), random (seeded), or indices and names with commas between: 3,7,horse
+    classes:str="balanced",
     n:int=None, # Images (default: the run's)
     seed:int=None, # With an image's index it gives its noise (default: the run's)
     preset:str=None, # Settings by name: paper-800ep, paper-64ep, all-channels, unguided (default: none)
-    solver:str=None, # euler, heun, midpoint, rk4, dopri5 or sde; ddpm or ddim for a model of the DDPM objective (default: the run's)
+    # euler, heun, midpoint, rk4, dopri5 or sde; ddpm or ddim for a model of the DDPM objective (default: the run's)
+    solver:str=None,
     points:int=None, # Time points of the solver, one more than its steps (default: the run's)
     shift:float=None, # Of the times; below 1: more steps near the noise (default: the run's)
     cfg_scale:float=None, # Guidance; 1: none (default: the run's)
     cfg_interval:str=None, # Times at which guidance is on, such as 0.125,1 (default: the run's)
     cfg_channels:int=None, # Guide the first n channels only; 0: all (default: the run's)
-    set:Param("Any other setting by its path, such as dit_training.path=gvp (default: the run's)", nargs="+", action="append")=None,
+    set:Param("Any other setting by its path, such as dit_training.path=gvp (default: the run's)",
+              nargs="+", action="append")=None,
     out:str=None, # Folder of the samples (default: RUN/samples)
-    format:Param("What to make of them: a picture (grid), PNG files (folder), an .npz as ADM's evaluator reads it (npz); one or several (default: grid npz)", choices=("grid", "folder", "npz"), nargs="+")=None,
+    format:Param("What to make of them: a picture (grid), PNG files (folder), an .npz as ADM's evaluator reads it "
+                 "(npz); one or several (default: grid npz)", choices=("grid", "folder", "npz"), nargs="+")=None,
     batch_size:int=100, # Images at a time, at most
     chunk:int=500, # Images of a chunk: what a stopped call loses at most, and what processes share out
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: the run's)
@@ -101,15 +141,20 @@ def main(
     rank:int=None, # Number of this process, from 0 (default: $RANK, or 0)
     world_size:int=None, # How many processes share the work (default: $WORLD_SIZE, or 1)
 ):
-    "Draw images of chosen classes from a trained LightningDiT. An image is decided by seed, index, label and settings: not by the batch size or the number of processes. A stopped or repeated call does what is missing."
+    """Draw images of chosen classes from a trained LightningDiT. An image is decided by seed, index, label
+    and settings: not by the batch size or the number of processes. A stopped or repeated call does what is missing."""
     with user_errors("call the same command again: finished chunks are kept"):
-        options = {"sampling.n": n, "seed": seed, "sampling.solver": solver, "sampling.points": points, "sampling.shift": shift, "sampling.cfg_scale": cfg_scale,
-                   "sampling.cfg_interval": cfg_interval, "sampling.cfg_channels": cfg_channels, "device": device, "precision": precision}
+        options = {"sampling.n": n, "seed": seed, "sampling.solver": solver, "sampling.points": points,
+                   "sampling.shift": shift, "sampling.cfg_scale": cfg_scale, "sampling.cfg_interval": cfg_interval,
+                   "sampling.cfg_channels": cfg_channels, "device": device, "precision": precision}
         cfg = configuration(run, preset, given_settings(set), options)
         files = checkpoints(run, dit, tokenizer)
         if out is None and run is None: raise ConfigError("give --out FOLDER for the samples")
         rank, world_size, where = process(rank, world_size, cfg.device)
-        samples, made = _sample(override(cfg, {"device": where}), *files, weights, latent_stats, classes, batch_size, chunk, out or Path(run)/"samples", list(format or ("grid", "npz")), rank, world_size)
-        if not made: print(f"process {rank} of {world_size} has drawn its chunks; {len(samples.missing)} of {len(samples.starts)} are still to come from the others: "
-                           "the last one makes the files, or call again")
-        else: print("made: "+", ".join(map(str, made))+f"; how: {samples.file}")
+        request = _Request(override(cfg, {"device": where}), *files, weights, latent_stats, classes, batch_size, chunk,
+                           out or Path(run)/"samples", list(format or ("grid", "npz")))
+        samples, made = _sample(request, rank, world_size)
+        if made: print(f"made: {', '.join(map(str, made))}; how: {samples.file}")
+        else: print(f"process {rank} of {world_size} has drawn its chunks; "
+                    f"{len(samples.missing)} of {len(samples.starts)} are still to come from the others: "
+                    "the last one makes the files, or call again")

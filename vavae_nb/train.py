@@ -6,7 +6,7 @@
 __all__ = ['configuration', 'main']
 
 # %% ../nbs/95_train.ipynb #e38e0f1c
-import os, sys, warnings
+import os, warnings
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from fastcore.script import Param
@@ -29,8 +29,9 @@ def configuration(
 )->Config:
     "What a command line asks for; `None` is the recipe's"
     cfg = load_config(name) if name.endswith((".yaml", ".yml")) else get_recipe(name)
-    changes = {"data.source": data and str(Path(data).expanduser()), "seed": seed, "foundation.name": vf, "device": device}
-    changes = {k: v for k,v in changes.items() if v is not None}
+    source = data and str(Path(data).expanduser())
+    options = {"data.source": source, "seed": seed, "foundation.name": vf, "device": device}
+    changes = {k: v for k,v in options.items() if v is not None}
     if steps is not None: changes |= _of_length(cfg, steps)
     cfg = override(cfg, changes | (settings or {}))
     check_settings(cfg)
@@ -40,46 +41,68 @@ def _of_length(cfg, steps): # Both trainings
     if steps < 1: raise ConfigError(f"--steps takes a number of at least 1, got {steps}")
     return scaled_steps(cfg, steps/max(cfg.tokenizer_training.steps, 1), steps/cfg.dit_training.steps)
 
+# %% ../nbs/95_train.ipynb #6971336f
+def _list_recipes():
+    from vavae_nb.training.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
+    print(recipe_table())
+
+def _describe(cfg):
+    from vavae_nb.training.plan import describe
+    print(describe(cfg))
+
+def _run(cfg, folder, stage, force):
+    "The stages, alone or with the other processes that a launcher started"
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
+    from vavae_nb.base.processes import is_first, joined
+    from vavae_nb.base.stopping import StopSignals
+    from vavae_nb.base.tensors import pick_device
+    from vavae_nb.training.report import summary
+    from vavae_nb.training.stages import run_stages
+    with ExitStack() as on:
+        stop = on.enter_context(StopSignals())
+        on.enter_context(joined(pick_device(cfg.device)))
+        if not is_first(): # One of them speaks
+            on.enter_context(redirect_stdout(on.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        print(f"run folder: {folder}", flush=True)
+        run = run_stages(cfg, folder, stage, force, stop)
+        if "evaluate" in run.state: print("\n"+summary(run))
+        print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("[!.]*.png"))))
+
 # %% ../nbs/95_train.ipynb #ef988b50
 @command
 @sections("python -m vavae_nb.train --data ~/photos --vf none --set dit.depth=8 --dry-run",
           recipe="what to train", steps="how far", out="where")
 def main(
     recipe:str="tiny", # A recipe's name, `list` to see them all, or the path of a config.yaml
-    data:str=None, # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
-    vf:str=None, # Foundation model that the latent is aligned with: a timm name, dinov2, mae, sam, clip, or none (default: the recipe's)
+    # Folder that holds one folder of images a class; images of any size (default: the embedded CIFAR-10 images)
+    data:str=None,
+    # Foundation model that the latent is aligned with: a timm name, dinov2, mae, sam, clip, or none
+    # (default: the recipe's)
+    vf:str=None,
     seed:int=None, # Of everything random (default: the recipe's, 0)
-    set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; config.yaml of a run has all (default: as the recipe says)", nargs="+", action="append")=None,
+    set:Param("Any setting by its path, such as vf.weight=0.5 dit.depth=8; config.yaml of a run has all "
+              "(default: as the recipe says)", nargs="+", action="append")=None,
     steps:int=None, # Optimiser steps of each training, to shorten or lengthen both (default: the recipe's)
-    stage:Param("Do one stage only, or all", choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
-    resume:bool=False, # Go on with what the run folder holds, and end if it holds nothing. Without it, a call goes on where it can and begins where it cannot
+    stage:Param("Do one stage only, or all",
+                choices=("all", "tokenizer", "latents", "dit", "sample", "evaluate"))="all",
+    # Go on with what the run folder holds, and end if it holds nothing. Without it, a call goes on where it can
+    # and begins where it cannot
+    resume:bool=False,
     force:bool=False, # Do stages again that are done or begun, and what depends on them
     dry_run:bool=False, # Print all settings, and the parameters, operations, memory and time they take; do nothing
     out:str=None, # Run folder (default: runs/<recipe and what was changed>)
     device:str=None, # auto, cpu, cuda, cuda:N or mps (default: auto)
 ):
-    "Train a VA-VAE and a LightningDiT, draw images of every class and measure them: features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json in the run folder. Without arguments: the embedded images, 10 to 20 minutes on 2 CPU cores. --recipe list names every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs."
+    """Train a VA-VAE and a LightningDiT, draw images of every class and measure them:
+    features → tokenizer → latents → LightningDiT → samples → metrics. Leaves models, pictures, log.csv and metrics.json
+    in the run folder. Without arguments: the embedded images, 10 to 20 minutes on 2 CPU cores. --recipe list names
+    every experiment of the paper, at 256 and at 32 pixels; smoke takes seconds, to see that it runs."""
     with user_errors("call the same command again: it goes on from here"):
-        if recipe == "list":
-            from vavae_nb.training.plan import recipe_table # Here, as below, so that --help needs neither torch nor fastai
-            return print(recipe_table())
+        if recipe == "list": return _list_recipes()
         cfg = configuration(recipe, data, seed, steps, vf, device, given_settings(set))
-        if dry_run:
-            from vavae_nb.training.plan import describe
-            return print(describe(cfg))
+        if dry_run: return _describe(cfg)
         folder = Path(out or Path("runs")/run_name(cfg))
-        if resume and not (folder/"config.yaml").exists(): raise ConfigError(f"--resume: {folder} holds no run to go on with; give its folder by --out, or leave --resume out to begin one")
-        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
-        from vavae_nb.base.stopping import StopSignals
-        from vavae_nb.base.processes import is_first, joined
-        from vavae_nb.base.tensors import pick_device
-        from vavae_nb.training.stages import run_stages, summary
-        cfg = override(cfg, {"device": process(None, None, cfg.device)[2]})
-        with ExitStack() as on:
-            stop = on.enter_context(StopSignals())
-            on.enter_context(joined(pick_device(cfg.device)))
-            if not is_first(): on.enter_context(redirect_stdout(on.enter_context(open(os.devnull, "w", encoding="utf-8")))) # One of them speaks
-            print(f"run folder: {folder}", flush=True)
-            run = run_stages(cfg, folder, stage, force, stop)
-            if "evaluate" in run.state: print("\n"+summary(run))
-            print("\nlook at: "+", ".join(str(p) for p in sorted(folder.glob("[!.]*.png"))))
+        if resume and not (folder/"config.yaml").exists():
+            raise ConfigError(f"--resume: {folder} holds no run to go on with; give its folder by --out, "
+                              "or leave --resume out to begin one")
+        _run(override(cfg, {"device": process(None, None, cfg.device)[2]}), folder, stage, force)

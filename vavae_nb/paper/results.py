@@ -50,7 +50,8 @@ def add_judge(
     "Measure the samples of finished rows over another network, too, and add it to their results"
     from vavae_nb.sampling.sets import versions
     from vavae_nb.metrics.features import EXTRACTORS
-    from vavae_nb.training.stages import Run, judge
+    from vavae_nb.training.report import judge
+    from vavae_nb.training.run import Run
     if network not in EXTRACTORS: raise ConfigError(unknown_name("network", network, EXTRACTORS))
     done = 0
     for seed in seeds:

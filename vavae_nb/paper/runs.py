@@ -59,7 +59,8 @@ def run_row(
     stop=None,         # As for `run_stages`
 )->Path:               # The run folder, with all stages done
     "Do what is not done yet of a row"
-    from vavae_nb.training.stages import adopt_tokenizer, run_stages
+    from vavae_nb.training.run import adopt_tokenizer
+    from vavae_nb.training.stages import run_stages
     out = run_folder(row, cfg, scale, runs)
     if not (out/"metrics.json").exists(): adopt_tokenizer(cfg, out, shared_tokenizer(cfg, scale, runs, stop))
     run_stages(cfg, out, stop=stop)

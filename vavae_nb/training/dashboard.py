@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from ..base.errors import ConfigError
 from ..base.files import atomic_write
-from ..data.images import Images
-from ..data.folders import first_of_each
-from ..sampling.pictures import picture
-from ..metrics.latents import latent_report
-from ..metrics.quality import psnr
 from ..base.processes import is_first
 from ..base.tensors import ImageNoise
+from ..data.folders import first_of_each
+from ..data.images import Images
+from ..metrics.latents import latent_report
+from ..metrics.quality import psnr
+from ..sampling.pictures import picture
 from ..tokenizer.autoencoder import Autoencoder
 from .logs import TermsLog, cut_log
 
@@ -35,7 +35,8 @@ def probe_images(
     known = np.unique(images.labels)
     some = known[np.linspace(0, len(known)-1, min(classes, len(known))).round().astype(int)]
     rows = np.flatnonzero(np.isin(images.labels, some))
-    return images.subset(rows[first_of_each(images.labels[rows], n)], f"{images.name}, {min(n, len(rows))} for the dashboard")
+    chosen = rows[first_of_each(images.labels[rows], n)]
+    return images.subset(chosen, f"{images.name}, {len(chosen)} for the dashboard")
 
 # %% ../../nbs/45_training.dashboard.ipynb #84f8303a
 @torch.no_grad()
@@ -46,38 +47,47 @@ def tokenizer_report(
     batch_size:int=100,        # Images at a time
     seed:int=0,                # Of the posterior's noise and of positions
 )->dict[str,float]:            # `psnr` in dB, and what `latent_report` gives
-    "Reconstruction and every cheap number of the latent space; leaves the tokenizer's mode and the global generators as they were"
-    training, shape = tok.training, (tok.latent_dim, *[images.size//tok.downsampling]*2)
-    device, z, db = tok.encoder_last.device, [], []
+    """Reconstruction and every cheap number of the latent space; leaves the tokenizer's mode and the global generators
+    as they were"""
+    training, device, side = tok.training, tok.encoder_last.device, images.size//tok.downsampling
+    latents, quality = [], []
     tok.eval()
     for i in range(0, len(images), batch_size):
         x = images.batch(slice(i, i+batch_size))
-        p = tok.posterior(x.to(device))
-        z.append((p.mean+p.std*ImageNoise(seed, range(i, i+len(x)), shape, device, "dashboard")()).cpu())
-        db.append(psnr(x, tok.decode_raw(p.mode()).float().clamp(-1, 1).cpu()))
+        posterior = tok.posterior(x.to(device))
+        noise = ImageNoise(seed, range(i, i+len(x)), (tok.latent_dim, side, side), device, "dashboard")
+        latents.append((posterior.mean+posterior.std*noise()).cpu())
+        quality.append(psnr(x, tok.decode_raw(posterior.mode()).float().clamp(-1, 1).cpu()))
     tok.train(training)
-    return dict(psnr=torch.cat(db).mean().item()) | latent_report(torch.cat(z), torch.as_tensor(images.labels), features, seed)
+    report = latent_report(torch.cat(latents), torch.as_tensor(images.labels), features, seed)
+    return dict(psnr=torch.cat(quality).mean().item()) | report
 
 # %% ../../nbs/45_training.dashboard.ipynb #e093ea27
-_panels = {"reconstruction, PSNR in dB": ("psnr",), "uniformity, 5-NN distance CV": ("knn_distance_cv",), "effective rank": ("effective_rank",),
-           "high-frequency share": ("high_frequency",), "accuracy of probes": ("linear_probe", "knn_probe"), "alignment": ("cka", "mutual_knn")}
+_panels = {"reconstruction, PSNR in dB": ("psnr",), "uniformity, 5-NN distance CV": ("knn_distance_cv",),
+           "effective rank": ("effective_rank",), "high-frequency share": ("high_frequency",),
+           "accuracy of probes": ("linear_probe", "knn_probe"), "alignment": ("cka", "mutual_knn")}
 
 def plot_dashboard(
     history:list[dict], # Rows of `step` and values by name
 )->Figure:
     "Every quantity against the step"
     fig, axs = plt.subplots(2, 3, figsize=(9, 4), sharex=True)
-    step = [r["step"] for r in history]
     for ax,(title,names) in zip(axs.flat, _panels.items()):
+        _draw_panel(ax, history, names)
         ax.set_title(title, fontsize=9)
-        for k in [k for k in history[0] if k.startswith(f"{names[0]}/")]: ax.plot(step, [r[k] for r in history], color="C0", lw=.5, alpha=.4)
-        for k in names:
-            if k in history[0]: ax.plot(step, [r[k] for r in history], "o-", ms=2, label=k)
-        if len(ax.get_legend_handles_labels()[0]) > 1: ax.legend(fontsize=7, frameon=False)
-        if not ax.lines: ax.text(.5, .5, "no foundation model", ha="center", va="center", transform=ax.transAxes)
     for ax in axs[-1]: ax.set_xlabel("step")
     fig.tight_layout()
     return fig
+
+def _draw_panel(ax, history, names):
+    steps = [row["step"] for row in history]
+    def values(name): return [row[name] for row in history]
+    channels = [k for k in history[0] if k.startswith(f"{names[0]}/")]
+    for k in channels: ax.plot(steps, values(k), color="C0", lw=.5, alpha=.4)
+    measured = [k for k in names if k in history[0]]
+    for k in measured: ax.plot(steps, values(k), "o-", ms=2, label=k)
+    if len(measured) > 1: ax.legend(fontsize=7, frameon=False)
+    if not ax.lines: ax.text(.5, .5, "no foundation model", ha="center", va="center", transform=ax.transAxes)
 
 # %% ../../nbs/45_training.dashboard.ipynb #097d3be5
 class LatentDashboard(Callback):
@@ -92,8 +102,9 @@ class LatentDashboard(Callback):
         seed:int=0,                  # Of noise and positions, the same at each measurement
     ):
         if every < 1: raise ConfigError(f"a dashboard measures every so many steps, at least 1; got {every}")
-        self.images,self.every,self.features,self.picture,self.seed = images,every,features,picture and Path(picture),seed
-        self.log,self.history,self.first,self.seconds = log and TermsLog(log, "dashboard"),[],0,0.
+        self.images,self.every,self.features = images,every,features
+        self.log,self.picture,self.seed = log and TermsLog(log, "dashboard"),picture and Path(picture),seed
+        self.history,self.first,self.seconds = [],0,0.
     def state_dict(self): return dict(history=self.history, seconds=self.seconds)
     def load_state_dict(self, state):
         self.history,self.seconds = state["history"],state["seconds"]

@@ -16,11 +16,11 @@ def build_tokenizer(
     cfg:Config, # Its `tokenizer` and `data` sections
 )->Autoencoder:
     "An untrained tokenizer of a configuration"
-    t = cfg.tokenizer
-    starts = {"torch": lambda m: m, "linear": linear_start}
+    t, starts = cfg.tokenizer, ("torch", "linear")
     if t.start not in starts: raise ConfigError(unknown_name("tokenizer.start", t.start, starts))
-    return starts[t.start](Autoencoder(latent_dim=t.latent_dim, ch=t.ch, ch_mult=t.ch_mult, num_res_blocks=t.num_res_blocks, attn_resolutions=t.attn_resolutions,
-                       resolution=cfg.data.size, norm_groups=t.norm_groups))
+    tok = Autoencoder(latent_dim=t.latent_dim, ch=t.ch, ch_mult=t.ch_mult, num_res_blocks=t.num_res_blocks,
+                      attn_resolutions=t.attn_resolutions, resolution=cfg.data.size, norm_groups=t.norm_groups)
+    return linear_start(tok) if t.start == "linear" else tok
 
 def build_dit(
     cfg:Config,    # Its `dit`, `tokenizer` and `data` sections
@@ -28,7 +28,9 @@ def build_dit(
     **kw,          # Any other argument of `LightningDiT`
 )->LightningDiT:
     "An untrained LightningDiT of a configuration, for its tokenizer's latents"
-    c = cfg.dit
-    sizes = {k: getattr(c, k) for k in ("hidden_size", "depth", "num_heads") if getattr(c, k)}
-    return create_dit(c.size, c.patch_size, **dict(input_size=cfg.data.size >> len(cfg.tokenizer.ch_mult)-1, in_channels=cfg.tokenizer.latent_dim,
-        num_classes=n_classes, swiglu=c.swiglu, rmsnorm=c.rmsnorm, rope=c.rope, qk_norm=c.qk_norm, shift=c.shift, learn_sigma=c.learn_sigma) | sizes | kw)
+    c, latent_size = cfg.dit, cfg.data.size >> len(cfg.tokenizer.ch_mult)-1
+    latents = dict(input_size=latent_size, in_channels=cfg.tokenizer.latent_dim, num_classes=n_classes)
+    blocks = dict(swiglu=c.swiglu, rmsnorm=c.rmsnorm, rope=c.rope, qk_norm=c.qk_norm, shift=c.shift)
+    sizes = dict(hidden_size=c.hidden_size, depth=c.depth, num_heads=c.num_heads)
+    given = {k: v for k,v in sizes.items() if v} # Else those of `c.size`
+    return create_dit(c.size, c.patch_size, **latents | blocks | dict(learn_sigma=c.learn_sigma) | given | kw)

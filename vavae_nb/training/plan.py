@@ -9,14 +9,17 @@ __all__ = ['hours_between', 'describe', 'recipe_table']
 from dataclasses import asdict
 from typing import Iterable
 import torch, yaml
+from ..base.tensors import pick_device, resolve_precision
 from ..recipes.config import Config
 from ..recipes.paper import recipe, recipes
-from ..base.tensors import pick_device, resolve_precision
 from .costs import device_hours, memory, paper_rate, plan
 from .rates import step_rates
 
 # %% ../../nbs/87_training.plan.ipynb #71b60b2e
-def _hours(h): return f"{h*3600:.0f} s" if h < 1/30 else f"{h*60:.0f} min" if h < 1.5 else f"{h:,.1f} h" if h < 9.95 else f"{h:,.0f} h"
+def _hours(h):
+    if h < 1/30: return f"{h*3600:.0f} s"
+    if h < 1.5: return f"{h*60:.0f} min"
+    return f"{h:,.1f} h" if h < 9.95 else f"{h:,.0f} h"
 
 def hours_between(
     alone:float, # Hours on this machine with nothing else to do
@@ -25,50 +28,86 @@ def hours_between(
     "A time, or two where they differ"
     return _hours(now) if alone == now else f"{_hours(alone)}–{_hours(now)}"
 
+# %% ../../nbs/87_training.plan.ipynb #e7e73812
+def _network_lines(cfg, p):
+    "Data and networks"
+    tok, dit = p["tokenizer"], p["dit"]
+    assumed = "" if cfg.data.source else " (ImageNet-1k is assumed: give --data)"
+    step = f", {tok['step']/1e9:.1f} in a training step" if tok["step"] else f"; not trained: {cfg.tokenizer.weights}"
+    return [f"data        {p['n_images']:,} images, {p['n_classes']} classes{assumed}",
+            f"tokenizer   {tok['parameters']/1e6:.1f} M parameters, "
+            f"{tok['forward']/1e9:.1f} GFLOPs an image there and back{step}",
+            f"LightningDiT {dit['parameters']/1e6:.1f} M parameters, {dit['tokens']} tokens, "
+            f"{dit['forward']/1e9:.1f} GFLOPs an image, {3*dit['forward']/1e9:.1f} in a training step"]
+
+def _memory_line(network, training, m):
+    parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
+    again = ", activations computed again" if training.grad_checkpointing else ""
+    return (f"memory      {network}, batch {training.batch_size}{parts}{again} on one device: "
+            f"{m['state']/1e9:.2f} GB of weights, gradients and optimizer + "
+            f"{m['kept']/1e9:.2f} GB of activations (fp32; about half in bf16)")
+
+def _time_lines(cfg, p, rates, device):
+    "Stages and their hours, on this machine and on the paper's; then what they rest on"
+    (alone, now), paper = rates.hours(p), device_hours(p, paper_rate())
+    def times(stage): return f"{hours_between(alone[stage], now[stage]):>19}{_hours(paper[stage]):>12}"
+    lines = [f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>19}{'one H800':>12}"]
+    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{times(k)}" for k,v in p["stages"].items()]
+    lines += [f"{'all':39}{times('all')}", ""]
+    if rates.note(): lines.append(rates.note())
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    reached = ", ".join(f"{k} {v/1e12:.2g}" for k,v in rates.now.items())
+    return lines+[
+        f"this machine: what steps of these networks reached just now on {device}{threads} "
+        f"in {resolve_precision(device, cfg.precision)}: {reached} TFLOP/s",
+        f"one H800: {paper_rate()/1e12:.0f} TFLOP/s, the authors' 284 images/s of LightningDiT-XL/1; "
+        "the tokenizer in fp32 is slower than that",
+        "estimates of arithmetic only: decoding images, writing and evaluating come on top"]
+
 def describe(
     cfg:Config,        # What would be run
     seconds:float=10., # As for `step_rates`
 )->str:
     "The complete configuration and what it takes, for `--dry-run`"
-    p, device, tt, d = plan(cfg), pick_device(cfg.device), cfg.tokenizer_training, cfg.dit_training
-    rates, r = step_rates(cfg, device, seconds), recipes.get(cfg.recipe)
-    (alone, here), there = rates.hours(p), device_hours(p, paper_rate())
-    tok, dit, gb = p["tokenizer"], p["dit"], lambda m: f"{m['state']/1e9:.2f} GB of weights, gradients and optimizer + {m['kept']/1e9:.2f} GB of activations (fp32; about half in bf16)"
-    plain = yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False, default_flow_style=None, width=150)
-    lines = [f"{cfg.recipe}: {r.about}"+(f" ({r.source})" if r.source else "") if r else cfg.recipe, "", plain,
-             f"data        {p['n_images']:,} images, {p['n_classes']} classes" + ("" if cfg.data.source else " (ImageNet-1k is assumed: give --data)"),
-             f"tokenizer   {tok['parameters']/1e6:.1f} M parameters, {tok['forward']/1e9:.1f} GFLOPs an image there and back, {tok['step']/1e9:.1f} in a training step"
-             if tok["step"] else f"tokenizer   {tok['parameters']/1e6:.1f} M parameters, {tok['forward']/1e9:.1f} GFLOPs an image there and back; not trained: {cfg.tokenizer.weights}",
-             f"LightningDiT {dit['parameters']/1e6:.1f} M parameters, {dit['tokens']} tokens, {dit['forward']/1e9:.1f} GFLOPs an image, {3*dit['forward']/1e9:.1f} in a training step", ""]
-    batch = dict(tokenizer=tt.batch_size, dit=d.batch_size)
-    parts = lambda t: f" in {t.accumulate} parts"*(t.accumulate > 1) + ", activations computed again"*t.grad_checkpointing
-    lines += [f"memory      {k}, batch {batch[k]}{parts(dict(tokenizer=tt, dit=d)[k])} on one device: {gb(m)}" for k,m in memory(cfg).items()]
-    lines += ["", f"{'stage':12}{'images':>16}{'FLOPs':>11}{'this machine':>19}{'one H800':>12}"]
-    times = lambda k: f"{hours_between(alone[k], here[k]):>19}{_hours(there[k]):>12}"
-    lines += [f"{k:12}{v['images']:16,}{v['flops']:11.1e}{times(k)}" for k,v in p["stages"].items()]
-    lines += [f"{'all':39}{times('all')}", "", *([rates.note()] if rates.note() else []),
-              f"this machine: what steps of these networks reached just now on {device}{f' with {torch.get_num_threads()} threads'*(device.type == 'cpu')} in {resolve_precision(device, cfg.precision)}: " + ", ".join(f"{k} {v/1e12:.2g}" for k,v in rates.now.items()) + " TFLOP/s",
-              f"one H800: {paper_rate()/1e12:.0f} TFLOP/s, the authors' 284 images/s of LightningDiT-XL/1; the tokenizer in fp32 is slower than that",
-              "estimates of arithmetic only: decoding images, writing and evaluating come on top"]
-    if r and r.expect: lines += ["", "the paper reports " + ", ".join(f"{k.replace('guided_gFID', 'gFID with guidance')} {v:g}" for k,v in r.expect.items())]
+    p, device, known = plan(cfg), pick_device(cfg.device), recipes.get(cfg.recipe)
+    rates = step_rates(cfg, device, seconds)
+    settings = yaml.safe_dump(_as_lists(asdict(cfg)), sort_keys=False, default_flow_style=None, width=150)
+    trainings = dict(tokenizer=cfg.tokenizer_training, dit=cfg.dit_training)
+    memories = [_memory_line(k, trainings[k], m) for k,m in memory(cfg).items()]
+    title = cfg.recipe
+    if known: title += f": {known.about}" + (f" ({known.source})" if known.source else "")
+    lines = [title, "", settings, *_network_lines(cfg, p), "", *memories, "", *_time_lines(cfg, p, rates, device)]
+    if known and known.expect:
+        figures = (f"{k.replace('guided_gFID', 'gFID with guidance')} {v:g}" for k,v in known.expect.items())
+        lines += ["", "the paper reports "+", ".join(figures)]
     return "\n".join(lines)
 
-def _plain(o): return {k: _plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple, list)) else o
+def _as_lists(o): # YAML knows no tuples
+    if isinstance(o, dict): return {k: _as_lists(v) for k,v in o.items()}
+    return [_as_lists(v) for v in o] if isinstance(o, (tuple, list)) else o
 
+# %% ../../nbs/87_training.plan.ipynb #ad99a3f7
 def recipe_table(
     names:Iterable[str]=tuple(recipes), # Which; default: all
 )->str:
     "Recipes with their cost and the paper's figures, for `--recipe list`"
-    device = pick_device()
-    here = step_rates(recipe("tiny"), device, 4)
-    shown = lambda h, least, most: _hours(h) if least < h < most else "–" # Launching kernels, not arithmetic, is what a GPU would wait for
-    def shown_here(p): # Nobody waits for a century
-        alone, now = (h["all"] for h in here.hours(p))
-        return hours_between(alone, now) if now < 1e4 else "–"
+    rates = step_rates(recipe("tiny"), pick_device(), 4)
     lines = [f"{'recipe':44}{'in the paper':20}{'one H800':>11}{'this machine':>19}  what; what the paper reports"]
-    for name,r in ((k, recipes[k]) for k in names):
-        p, expect = plan(r.config), ", ".join(f"{k} {v:g}" for k,v in r.expect.items() if k in ("gFID", "guided_gFID", "rFID"))
-        lines.append(f"{name:44}{r.source:20}{shown(device_hours(p, paper_rate())['all'], .1, 1e6):>11}{shown_here(p):>19}  {r.about}{'; '+expect if expect else ''}")
-    return "\n".join([*lines, "", *([here.note()] if here.note() else []), "Start one with --recipe NAME; see its settings and the arithmetic of its cost with --recipe NAME --dry-run.",
-                      f"one H800: all stages at the speed of the authors' code, {paper_rate()/1e12:.0f} TFLOP/s; this machine: at the speed of steps of tiny's networks, timed now.",
-                      "cifar10-… train on 32×32 images, the embedded ones by default; they compare rows with each other, not with the paper's figures."])
+    lines += [_recipe_line(name, recipes[name], rates) for name in names]
+    notes = [rates.note()] if rates.note() else []
+    return "\n".join([*lines, "", *notes,
+        "Start one with --recipe NAME; see its settings and the arithmetic of its cost with --recipe NAME --dry-run.",
+        f"one H800: all stages at the speed of the authors' code, {paper_rate()/1e12:.0f} TFLOP/s; "
+        "this machine: at the speed of steps of tiny's networks, timed now.",
+        "cifar10-… train on 32×32 images, the embedded ones by default; "
+        "they compare rows with each other, not with the paper's figures."])
+
+def _recipe_line(name, known, rates):
+    p = plan(known.config)
+    paper = device_hours(p, paper_rate())["all"]
+    alone, now = (hours["all"] for hours in rates.hours(p))
+    there = _hours(paper) if .1 < paper < 1e6 else "–" # Launching kernels, not arithmetic, is what a GPU would wait for
+    here = hours_between(alone, now) if now < 1e4 else "–" # Nobody waits for a century
+    figures = ", ".join(f"{k} {v:g}" for k,v in known.expect.items() if k in ("gFID", "guided_gFID", "rFID"))
+    expect = f"; {figures}" if figures else ""
+    return f"{name:44}{known.source:20}{there:>11}{here:>19}  {known.about}{expect}"
