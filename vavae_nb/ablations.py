@@ -62,15 +62,15 @@ def estimates(
     return out, rates.note() if rates else ""
 
 # %% ../nbs/99_ablations.ipynb #b6d53983
-def _description(found, scale, note):
-    "A list of estimates as text, for --dry-run"
-    names = [f"{e.name}, seed {e.seed}" for e in found]
+def _description(rows, scale, note):
+    "Estimates as text, for --dry-run"
+    names = [f"{e.name}, seed {e.seed}" for e in rows]
     width = max(map(len, names))
-    alone, busy = (sum(e.hours[k] for e in found) for k in (0, 1))
+    alone, busy, h800 = sum(e.hours[0] for e in rows), sum(e.hours[1] for e in rows), sum(e.h800_hours for e in rows)
     lines = [f"scale {scale}: {scales[scale].about}", ""]
     lines.append(f"{'row':{width}}  {'this machine':>19} {'one H800':>10}  state")
-    for name,e in zip(names, found): lines.append(f"{name:{width}}  {_times(e.hours, e.h800_hours)}  {e.state}")
-    lines += [f"{'all':{width}}  {_times((alone, busy), sum(e.h800_hours for e in found))}", ""]
+    for name,e in zip(names, rows): lines.append(f"{name:{width}}  {_times(e.hours, e.h800_hours)}  {e.state}")
+    lines += [f"{'all':{width}}  {_times((alone, busy), h800)}", ""]
     if note: lines.append(note)
     lines.append("arithmetic only, as of `python -m vavae_nb.train --dry-run`: "
                  "starting, reading images and measuring come on top")
@@ -168,8 +168,8 @@ def main(
             raise ConfigError(f"--seeds and --jobs take a number of at least 1, got {seeds} and {jobs}")
         data, device = data or "", device or ""
         if dry_run:
-            found, note = estimates(chosen, scale, range(seeds), results, data, device)
-            return print(_description(found, scale, note))
+            estimated, note = estimates(chosen, scale, range(seeds), results, data, device)
+            return print(_description(estimated, scale, note))
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
         from vavae_nb.base.stopping import StopSignals
         with StopSignals() as stop:

@@ -77,11 +77,7 @@ def _behind(ax):
     ax.patch.set_visible(False)
     return paper
 
-def _label_paper(paper, **labels):
-    "Grey labels, `xlabel` and `ylabel`"
-    if "xlabel" in labels: paper.set_xlabel(labels["xlabel"], color="0.6", fontsize=8)
-    if "ylabel" in labels: paper.set_ylabel(labels["ylabel"], color="0.6", fontsize=8)
-
+_grey = dict(color="0.6", fontsize=8) # Labels of these axes
 def _fill_of(vfm, grey): return "w" if vfm == "none" else grey # The paper's points are open where there is no VF loss
 
 def _log2_ticks(ax, paper, ticks):
@@ -123,7 +119,7 @@ def plot_dilemma(
         reconstruction = column == "LPIPS"
         reported, paper = "rFID" if reconstruction else "gFID", _behind(ax)
         paper.plot(dims, [f.row.expect[reported] for f in rows], "s--", c="0.75")
-        _label_paper(paper, ylabel=f"paper: {reported}, d×{2 if _is_small(t) else 1}")
+        paper.set_ylabel(f"paper: {reported}, d×{2 if _is_small(t) else 1}", **_grey)
         _points(ax, dims, rows, column, c="tab:red")
         for f,d in zip(rows, dims): ax.plot([d]*len(f.values[column]), f.values[column], ".", c="tab:red", alpha=.4)
         ax.set(xlabel="latent channels d", ylabel="LPIPS, lower is better" if reconstruction else _axis_label(column))
@@ -149,7 +145,8 @@ def plot_frontier(
             measured = [f for f in rows if f.mean(column) is not None]
             if measured: _plot_frontier_of(ax, measured, column, c=_colours[vfm], label=_legend(vfm, t))
         _join_compared_rows(ax, t, column)
-        _label_paper(paper, xlabel="paper: PSNR", ylabel="paper: gFID (open: no VF loss)")
+        paper.set_xlabel("paper: PSNR", **_grey)
+        paper.set_ylabel("paper: gFID (open: no VF loss)", **_grey)
         ax.set(xlabel="PSNR of reconstructions, dB", ylabel=_axis_label(column))
         ax.legend(fontsize=7, loc="best")
     fig.tight_layout()
@@ -194,7 +191,7 @@ def plot_convergence(
         ax.set(xlabel="steps of LightningDiT", ylabel=_axis_label(column))
         _log2_ticks(ax, paper, sorted({_steps(f, t) for f in measured}))
         paper.set_xlim(ax.get_xlim())
-        _label_paper(paper, ylabel="paper: gFID at 160 epochs (open: no VF loss)")
+        paper.set_ylabel("paper: gFID at 160 epochs (open: no VF loss)", **_grey)
         ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
@@ -220,7 +217,8 @@ def plot_sizes(
             paper.plot(_reported_parameters[:len(gfid)], gfid, "s:", c="0.8", mfc=_fill_of(vfm, "0.8"))
         ax.set(xlabel="parameters of LightningDiT", ylabel=_axis_label(column), xscale="log")
         paper.set_xscale("log")
-        _label_paper(paper, xlabel="paper: parameters", ylabel="paper: gFID (open: no VF loss)")
+        paper.set_xlabel("paper: parameters", **_grey)
+        paper.set_ylabel("paper: gFID (open: no VF loss)", **_grey)
         ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
@@ -241,7 +239,7 @@ def plot_steps(
     for ax,column in zip(axs, columns):
         paper = _behind(ax)
         paper.plot([f.row.expect["gFID"] for f in t.rows], places, "s:", c="0.75")
-        _label_paper(paper, xlabel="paper: FID-50k of DiT-XL/2")
+        paper.set_xlabel("paper: FID-50k of DiT-XL/2", **_grey)
         means, spreads = [f.mean(column) for f in measured], [f.spread(column) or 0 for f in measured]
         ax.errorbar(means, [t.rows.index(f) for f in measured], xerr=spreads, fmt="o-", capsize=3, c="tab:blue")
         for axes in (ax, paper): axes.set_ylim(len(t.rows)-.5, -.5)
