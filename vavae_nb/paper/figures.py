@@ -405,7 +405,7 @@ def plot_samples(
 )->Figure:
     "Figure 5: the first samples of each class without guidance, a class a row; not chosen"
     names = list(names)
-    fig, axs = _panels(len(names), 3.7, 4.2, layout="constrained")
+    fig, axs = _panels(len(names), 3.7, 4.5, layout="constrained")
     for ax,name in zip(axs, names):
         row = _row_named(name, scale)
         path = result_path(results, row, scale, seed)
