@@ -1,10 +1,10 @@
-"""The moving average of a LightningDiT's weights after a step, all tensors in one call, against a loop over the tensors.
+"""The moving average of a LightningDiT's weights after a step, all tensors in one call, against a loop over them.
 
     python bench/ema.py [--rounds 15] [--threads 2] [--device auto] [--sizes B …]
 
-Baseline: for each parameter by name, `average.mul_(decay).add_(p, alpha=1-decay)`, as published. Ours: the callback `EMA` of the training. fp32, decay
-0.9999, both averages start alike and are compared after all rounds (1e-5). LightningDiT-tiny (on a CPU), B, and XL of 675 million parameters, which
-takes 8 GB. Writes results/bench-ema.json.
+Baseline: for each parameter by name, `average.mul_(decay).add_(p, alpha=1-decay)`, as published. Ours: the callback
+`EMA` of the training. fp32, decay 0.9999, both averages start alike and are compared after all rounds (1e-5).
+LightningDiT-tiny (on a CPU), B, and XL of 675 million parameters, which takes 8 GB. Writes results/bench-ema.json.
 """
 import copy
 import torch

@@ -52,7 +52,7 @@ SMALL = {
 
 def done(out):
     "The stages that are recorded"
-    try: return set(json.loads((out/"state.json").read_text()))
+    try: return set(json.loads((out/"state.json").read_text(encoding="utf-8")))
     except FileNotFoundError: return set()
 
 def current(out):
@@ -99,9 +99,9 @@ def contents(out):
     names = ("tokenizer.safetensors", "dit.safetensors", "samples.npz", "samples_unguided.npz", "tsne.npy")
     files = [*(out/n for n in names), *sorted(out.glob("latents/*.safetensors"))]
     found = {str(p.relative_to(out)): p.read_bytes() if p.exists() else None for p in files}
-    rows = csv.reader(open(out/"log.csv", newline=""))
+    with open(out/"log.csv", newline="", encoding="utf-8") as f: rows = list(csv.reader(f))
     found["log.csv"] = sorted((r[0], r[1], r[3], r[4]) for r in rows if r[3] not in CLOCKS)
-    found["metrics.json"] = timeless(json.loads((out/"metrics.json").read_text()))
+    found["metrics.json"] = timeless(json.loads((out/"metrics.json").read_text(encoding="utf-8")))
     return found
 
 def timeless(node): # Commit: somebody may be working on the code
@@ -296,12 +296,12 @@ def said(out, n=800): return out.with_suffix(".txt").read_text(errors="replace")
 def calls(out):
     "The kinds of calls that a run has made in all its processes, and how often"
     path = out.with_suffix(".calls")
-    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+    return Counter(path.read_text(encoding="utf-8").splitlines()) if path.exists() else Counter()
 
 def steps(out):
     "Steps of the tokenizer's optimizers and of LightningDiT's"
     path = out.with_suffix(".steps")
-    return Counter(path.read_text()) if path.exists() else Counter()
+    return Counter(path.read_text(encoding="utf-8")) if path.exists() else Counter()
 
 def prepare(folder):
     "The configuration of all runs; features in a cache of their own, since kills leave files there, too"
@@ -352,7 +352,8 @@ def run(a):
     keys = ("kills", "by_way", "by_stage", "statuses", "runs_ended", "runs_that_differ", "trained_twice",
             "trained_twice_by_stage", "swallowed", "locks_left")
     for key in keys: print(f"{key:27} {result[key]}")
-    for key in ("failures", "leftovers", "leftovers_in_cache", "checkpoints_or_chunks_left"): print(f"{key:27} {len(result[key])}")
+    for key in ("failures", "leftovers", "leftovers_in_cache", "checkpoints_or_chunks_left"):
+        print(f"{key:27} {len(result[key])}")
     if not a.folder: shutil.rmtree(folder)
     sys.exit(int(bool(result["trained_twice"] or result["runs_that_differ"] or result["failures"])))
 

@@ -1,8 +1,9 @@
-"""The published formulation of LightningDiT, as the baseline of the scripts beside: the same weights, computed as the paper's system computes them.
+"""The published formulation of LightningDiT, as the baseline of the scripts beside: the same weights, the paper's way.
 
-Written from the paper and pinned by the golden vectors (tests/test_bench.py): norms in plain operations, a rotation of queries and of keys each by
-tables of interleaved cosines and sines, an average of the weights tensor by tensor, guidance that computes both halves at every step. Everything is
-a function of one of our models, so the weights are the same; of its code only the parameters are used (and the patches' order).
+Written from the paper and pinned by the golden vectors (tests/test_bench.py): norms in plain operations, a rotation of
+queries and of keys each by tables of interleaved cosines and sines, an average of the weights tensor by tensor,
+guidance that computes both halves at every step. Everything is a function of one of our models, so the weights are the
+same; of its code only the parameters are used (and the patches' order).
 """
 from contextlib import nullcontext
 import torch, torch.nn.functional as F
@@ -40,7 +41,8 @@ def forward(model, x, t, y, block=block):
     c = model.t_embedder.mlp(torch.cat([angle.cos(), angle.sin()], 1)) + model.y_embedder.embedding_table(y)
     for b in model.blocks: x = block(b, x, c, model.feat_rope.freqs_cos, model.feat_rope.freqs_sin)
     last = model.final_layer
-    return unpatchify(last.linear(modulated(rms_norm(last.norm_final, x), *last.adaLN_modulation(c).chunk(2, 1))), model.patch_size)
+    shift, scale = last.adaLN_modulation(c).chunk(2, 1)
+    return unpatchify(last.linear(modulated(rms_norm(last.norm_final, x), shift, scale)), model.patch_size)
 
 def losses(out, target):
     "The squared error and the direction loss of each sample"
@@ -52,8 +54,8 @@ def update_ema(average, model, decay=.9999): # A dictionary of tensors by name
 
 def guided(model, x, t, y, null_class, scale, start, channels=3, forward=forward):
     "Velocity of a doubled state: both halves at every time, the first channels guided from `start` on"
-    half = x[:len(x)//2]
-    out = forward(model, torch.cat([half, half]), torch.full((len(x),), t, device=x.device), torch.cat([y, torch.full_like(y, null_class)]))
+    half, times = x[:len(x)//2], torch.full((len(x),), t, device=x.device)
+    out = forward(model, torch.cat([half, half]), times, torch.cat([y, torch.full_like(y, null_class)]))
     front, rest = out[:, :channels], out[:, channels:]
     cond, uncond = front.chunk(2)
     front = cond if t < start else uncond+scale*(cond-uncond)
@@ -62,14 +64,16 @@ def guided(model, x, t, y, null_class, scale, start, channels=3, forward=forward
 @torch.no_grad()
 def sample(model, y, noise, ts, null_class, scale, start, channels=3):
     "Latents by Euler steps over the times, from a trajectory that is kept whole"
-    f = lambda t, x: guided(model, x, t.item(), y, null_class, scale, start, channels)
-    return odeint(f, torch.cat([noise, noise]), ts, method="euler")[-1].chunk(2)[0]
+    def velocity(t, x): return guided(model, x, t.item(), y, null_class, scale, start, channels)
+    return odeint(velocity, torch.cat([noise, noise]), ts, method="euler")[-1].chunk(2)[0]
 
 def training_step(model, average, opt, xt, t, y, target, block=block, cast=nullcontext):
     "Forward, backward, optimizer and average; the loss as a number, which waits for the device"
     with cast(): out = forward(model, xt, t, y, block)
     mse, cos = losses(out.float(), target)
     loss = mse.mean()+cos.mean()
-    opt.zero_grad(); loss.backward(); opt.step()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
     update_ema(average, model)
     return loss.item()

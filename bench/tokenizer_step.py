@@ -1,15 +1,17 @@
-"""A tokenizer training step with VF loss and GAN: each gradient taken once and features from the cache, against the published formulation.
+"""A tokenizer training step with VF loss and GAN: gradients taken once and cached features, against the published form.
 
     python bench/tokenizer_step.py [--rounds 5] [--threads 2] [--batch N]
 
-Baseline: the published formulation, which asks the foundation model in every step, and differentiates through LPIPS for the VF loss's adaptive
-weight, for the GAN's, and for the step (and through the discriminator twice). Ours: features as the training reads them (`cached_features`' file,
-float16), and `once_differentiated`. The first row gives the baseline the cached features too, so that it shows the gradients alone; gradients must
-agree to 1e-4 there, and to 1e-2 with features computed in the step, as float16 rounds what is kept. Same weights, same batch, in turns. On a CPU
-the networks of `tiny` with EfficientNet-Lite0, 32 images of 32×32; on a GPU f16d32 and DINOv2-L with random weights, 8 images of 256×256; LPIPS
-of all its slices. Writes results/bench-tokenizer-step.json.
+Baseline: the published formulation, which asks the foundation model in every step, and differentiates through LPIPS for
+the VF loss's adaptive weight, for the GAN's, and for the step (and through the discriminator twice). Ours: features as
+the training reads them (`cached_features`' file, float16), and `once_differentiated`. The first row gives the baseline
+the cached features too, so that it shows the gradients alone; gradients must agree to 1e-4 there, and to 1e-2 with
+features computed in the step, as float16 rounds what is kept. Same weights, same batch, in turns. On a CPU the networks
+of `tiny` with EfficientNet-Lite0, 32 images of 32×32; on a GPU f16d32 and DINOv2-L with random weights, 8 images of
+256×256; LPIPS of all its slices. Writes results/bench-tokenizer-step.json.
 """
 import tempfile
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from common import agree, compare, options, save, show, start, take_turns
@@ -30,10 +32,12 @@ a = start(p)
 gpu = a.device.type == "cuda"
 cfg, batch = recipe("imagenet256-f16d32-dinov2-xl" if gpu else "tiny"), a.batch or (8 if gpu else 32)
 tok, t = build_tokenizer(cfg), cfg.tokenizer_training
-vfm = FoundationModel(cfg.foundation.name, cfg.data.size//tok.downsampling, weights="random" if gpu else None, normalize=cfg.foundation.normalize)
+vfm = FoundationModel(cfg.foundation.name, cfg.data.size//tok.downsampling, weights="random" if gpu else None,
+                      normalize=cfg.foundation.normalize)
 nets = (tok, vfm, LPIPS(), PatchGAN(ndf=t.disc_width, n_layers=t.disc_layers), VFLoss(tok.latent_dim, vfm.channels))
 tok, vfm, lpips, disc, vf = (o.to(a.device, memory_format=torch.channels_last) for o in nets)
-x = torch.nn.functional.interpolate(embedded("train").batch(range(batch)), size=(cfg.data.size,)*2, mode="bicubic").clamp(-1, 1).to(a.device)
+x = embedded("train").batch(range(batch))
+x = torch.nn.functional.interpolate(x, size=(cfg.data.size,)*2, mode="bicubic").clamp(-1, 1).to(a.device)
 work = tempfile.TemporaryDirectory()
 np.save(Path(work.name)/"features.npy", vfm(x).half().cpu().numpy())
 kept = np.load(Path(work.name)/"features.npy", mmap_mode="r")
@@ -62,9 +66,12 @@ def gradients(*side):
 
 sides = dict(live=(published, lambda: vfm(x)), cached=(published, cached), ours=(loss, cached))
 g = {k: gradients(*side) for k,side in sides.items()}
-errors = dict(cached=agree(g["ours"], g["cached"], 1e-4, "gradients"), live=agree(g["ours"], g["live"], 1e-2, "gradients, with the features of the step"))
-times = take_turns({k: lambda side=side: step(*side) for k,side in sides.items()}, a.rounds, a.device, warm=True)
-rows = {"each gradient once": compare(times, "cached") | dict(gradient_rel_err=errors["cached"]), "and features cached": compare(times, "live") | dict(gradient_rel_err=errors["live"])}
+of_cached = agree(g["ours"], g["cached"], 1e-4, "gradients")
+of_live = agree(g["ours"], g["live"], 1e-2, "gradients, with the features of the step")
+times = take_turns({k: partial(step, *side) for k,side in sides.items()}, a.rounds, a.device, warm=True)
+rows = {"each gradient once": compare(times, "cached") | dict(gradient_rel_err=of_cached),
+        "and features cached": compare(times, "live") | dict(gradient_rel_err=of_live)}
 show(rows)
-save(a, __doc__, dict(rows=rows, goals={"and features cached": 1.5}, batch=batch, image=cfg.data.size, foundation=vfm.name))
+save(a, __doc__, dict(rows=rows, goals={"and features cached": 1.5}, batch=batch, image=cfg.data.size,
+                      foundation=vfm.name))
 work.cleanup()

@@ -1,10 +1,11 @@
-"""Threads that spin for a moment while they wait, against threads that go on: a step alone, and beside two busy processes.
+"""Threads that spin for a moment while they wait, against threads that go on: alone, and beside two busy processes.
 
     python bench/waiting.py [--rounds 5] [--steps 20]
 
 The library of threads reads how to wait when it is loaded, so each measurement is a process of its own: steps of
-LightningDiT and of the tokenizer of `tiny`, their median. The baseline spins, as the library does by itself. The commands
-(`commands.choose_waiting`) wait as ours where they are alone, which should cost 3 % at most, and asleep beside others.
+LightningDiT and of the tokenizer of `tiny`, their median. The baseline spins, as the library does by itself. The
+commands (`base.commands.choose_waiting`) wait as ours where they are alone, which should cost 3 % at most, and asleep
+beside others.
 Writes results/bench-waiting.json.
 """
 import json, os, statistics, subprocess, sys
@@ -53,9 +54,12 @@ def measured():
     return out
 
 def ratios(times): # Of the baseline's step to each way's
-    median = lambda way, network: statistics.median(times[way][network])
-    pairs = [(way, network) for way in list(WAYS)[1:] for network in times[way]]
-    return {f"{way}, {network}": median("baseline", network)/median(way, network) for way, network in pairs}
+    spinning = {network: statistics.median(seconds) for network, seconds in times["baseline"].items()}
+    out = {}
+    for way in list(WAYS)[1:]:
+        for network, seconds in times[way].items():
+            out[f"{way}, {network}"] = spinning[network]/statistics.median(seconds)
+    return out
 
 result = dict(alone=measured())
 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
@@ -65,6 +69,7 @@ finally:
 for where, times in list(result.items()):
     result[f"ratio_{where}"] = ratios(times)
     print(where.replace("_", " "))
-    for way, by in times.items(): print(f"  {way:12}", {k: f"{1e3*statistics.median(v):.1f} ms" for k, v in by.items()})
+    for way, by in times.items():
+        print(f"  {way:12}", {k: f"{1e3*statistics.median(v):.1f} ms" for k, v in by.items()})
     print("  ratio to spinning:", {k: f"{v:.3f}×" for k, v in result[f"ratio_{where}"].items()}, flush=True)
 save(a, __doc__, result | dict(goal_alone=.97))

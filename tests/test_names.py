@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt, mistune, numpy as np, pytest, torch
 from bs4 import BeautifulSoup
 from PIL import Image
 from vavae_nb.base import text as words
-from vavae_nb.paper import explorer, figures as fg, results as ab
+from vavae_nb.paper import explorer, figures as fg, rendering, results as ab
 from vavae_nb.paper.tables import tables
 from vavae_nb.sampling import formats, pictures, sets
 from vavae_nb.recipes.paper import recipe
@@ -178,12 +178,12 @@ markdown = mistune.create_markdown(escape=False, plugins=PLUGINS)
 @each
 def test_markdown_shows_any_name(name):
     if "http" in name: return # A bare address becomes a link to itself
-    text = ab.render(table(name), "markdown")
+    text = rendering.render(table(name))
     assert "$" not in text # Some look for formulas before they read Markdown
     check_page(BeautifulSoup(markdown(text), "html.parser"), name)
 
 def test_markdown_makes_no_link():
-    page = BeautifulSoup(markdown(ab.render(table("[link](http://x)"), "markdown")), "html.parser")
+    page = BeautifulSoup(markdown(rendering.render(table("[link](http://x)"))), "html.parser")
     for a in page.find_all("a"): assert a.get_text() == a["href"] # Bare addresses only
 
 # A run

@@ -11,20 +11,30 @@ from vavae_nb.recipes.paper import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT/"README.md", *sorted((ROOT/"nbs").glob("*.ipynb"))]
-COMMANDS = {m.__name__: m.main for m in (train, extract, sample)} | {f"vavae_nb.evaluate {k}": f for k,f in evaluate.actions.items()}
+COMMANDS = {module.__name__: module.main for module in (train, extract, sample)}
+COMMANDS |= {f"vavae_nb.evaluate {name}": action for name,action in evaluate.actions.items()}
 
 def text(path):
     "What a page shows: its Markdown, and the Markdown that its cells made"
     if path.suffix == ".md": return path.read_text(encoding="utf-8")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    made = ["".join(o["data"]["text/markdown"]) for c in cells for o in c.get("outputs", ()) if "text/markdown" in o.get("data", {})]
-    return "\n".join(["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]+made)
+    written, made = [], []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown": written.append("".join(cell["source"]))
+        data = [output.get("data", {}) for output in cell.get("outputs", ())]
+        made += ["".join(d["text/markdown"]) for d in data if "text/markdown" in d]
+    return "\n".join(written+made)
+
+def lines_of_code(page):
+    "Lines of code blocks, and what stands in backticks"
+    page = page.replace("\\\n", " ")
+    for block in re.findall(r"```.*?\n(.*?)```", page, re.S): yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", page)
 
 def commands(page):
-    "Module and words of each `-m vavae_nb.NAME …` in a code block or in backticks that shows a call and no placeholder for several words"
-    page = page.replace("\\\n", " ")
-    for line in [l for b in re.findall(r"```.*?\n(.*?)```", page, re.S) for l in b.splitlines()]+re.findall(r"`([^`\n]+)`", page):
-        if re.search("[…<{]|--help", line) or not (m := re.search(r"-m (vavae_nb\.(?:train|extract|sample|evaluate)) ([^|>&;]+)", line)): continue
+    "Module and words of each `-m vavae_nb.NAME …` that shows a call and no placeholder for several words"
+    for line in lines_of_code(page):
+        m = re.search(r"-m (vavae_nb\.(?:train|extract|sample|evaluate)) ([^|>&;]+)", line)
+        if not m or re.search("[…<{]|--help", line): continue
         name, words = m[1], shlex.split(re.sub(r"(?<= )N\b", "1", m[2]), comments=True)
         if line.lstrip().startswith("torchrun"):
             given = of_torchrun(shlex.split(line, comments=True)[1:])

@@ -21,26 +21,30 @@ from vavae_nb.tokenizer.autoencoder import Autoencoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
+def by_class(labels): return sorted(first_of_each(labels, 10), key=lambda i: labels[i])
+
 def strip(images): # (n, 3, h, w) in [-1, 1] -> (h, n·w, 3) in [0, 1]
     return torch.cat(list((images.clamp(-1, 1)+1)/2), -1).permute(1, 2, 0)
 
 def main(runs):
     test = embedded("test")
-    by_class = lambda labels: sorted(first_of_each(labels, 10), key=lambda i: labels[i])
     real = test.batch(by_class(test.labels))
     rows, made = [("photographs", strip(real))], []
     for name,title in (("f16d64-none-b", "without VF loss"), ("f16d64-dinov2-b", "with VF loss")):
         row = next(r for r in tables["table2"].rows if r.name == name)
         folder = run_folder(row, configuration(row, "cpu", 0), "cpu", runs)
         tok = Autoencoder.load(folder/"tokenizer.safetensors")
-        with torch.no_grad(): rows.append((f"reconstructed,\n{title}", strip(tok.decode(tok.encode(real, sample=False)))))
+        with torch.no_grad(): back = tok.decode(tok.encode(real, sample=False))
+        rows.append((f"reconstructed,\n{title}", strip(back)))
         images, labels = load_samples(folder/"samples_unguided.npz")
-        made.append((f"generated,\n{title}", strip(torch.from_numpy(images[by_class(labels)]).permute(0, 3, 1, 2)/127.5-1)))
+        samples = torch.from_numpy(images[by_class(labels)]).permute(0, 3, 1, 2)/127.5-1
+        made.append((f"generated,\n{title}", strip(samples)))
     rows += made
     fig, axs = plt.subplots(len(rows), 1, figsize=(8.6, 4.15), dpi=110)
     for ax,(label,image) in zip(axs, rows):
-        ax.imshow(image, interpolation="bilinear", aspect="auto"); ax.set_xticks([]); ax.set_yticks([])
-        for s in ax.spines.values(): s.set_visible(False)
+        ax.imshow(image, interpolation="bilinear", aspect="auto")
+        ax.set(xticks=[], yticks=[])
+        for side in ax.spines.values(): side.set_visible(False)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for i,c in enumerate(test.classes): axs[0].text(32*i+16, -3, c, ha="center", fontsize=8)
     fig.tight_layout(h_pad=.15)

@@ -9,10 +9,14 @@ from vavae_nb.paper.figures import picture, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 
-def listed(text): # The same text with the list renewed
-    return re.sub(r"(<!-- inventory -->\n).*?(<!-- /inventory -->)", lambda m: m[1]+inventory("cpu", ROOT/"results")+"\n"+m[2], text, flags=re.S)
+def listed(text):
+    "The same text with the list renewed"
+    before, _, rest = text.partition("<!-- inventory -->\n")
+    _, _, after = rest.partition("<!-- /inventory -->")
+    return f"{before}<!-- inventory -->\n{inventory('cpu', ROOT/'results')}\n<!-- /inventory -->{after}"
 
 if __name__ == "__main__":
     path = ROOT/"results"/"README.md"
-    path.write_text(listed(path.read_text()))
-    (ROOT/"nbs"/"images"/"frontier.png").write_bytes(picture(plot_frontier(load_table("fig2", "cpu", ROOT/"results"))).data)
+    path.write_text(listed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    fig = plot_frontier(load_table("fig2", "cpu", ROOT/"results"))
+    (ROOT/"nbs"/"images"/"frontier.png").write_bytes(picture(fig).data)

@@ -1,9 +1,10 @@
-"""results/NAME.json from finished run folders of one configuration and several seeds, and their pictures for the README.
+"""results/NAME.json from finished run folders of one configuration and several seeds, and their pictures.
 
     python tools/results.py tiny runs/tiny runs/tiny-seed=1 runs/tiny-seed=2
     python tools/results.py times make-train-fp32 runs/tiny
 
-The second form keeps only how long the stages of one run took, and on what. Means and standard deviations over the seeds; times from the first run. Refuses runs of another configuration, data set or version.
+Means and standard deviations are over the seeds, times of the first run. Runs of another configuration, data set or
+version are refused. The second form keeps only how long the stages of one run took, and on what.
 """
 import json, shutil, statistics, sys
 from pathlib import Path
@@ -11,43 +12,70 @@ from vavae_nb.recipes.settings import differences, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
+def read(path): return json.loads(path.read_text(encoding="utf-8"))
+def write(name, result, end="\n"):
+    (ROOT/"results"/f"{name}.json").write_text(json.dumps(result, indent=1)+end, encoding="utf-8")
+
 def times(name, folder):
     "How long the stages of a run took on this machine"
     import torch
     run = Path(folder)
-    prov = json.loads((run/"metrics.json").read_text())["provenance"]
-    stages = {k: v["seconds"] for k, v in json.loads((run/"state.json").read_text()).items()}
-    result = dict(command="make train", seconds=round(sum(stages.values())), stages=stages, cpu=torch.backends.cpu.get_cpu_capability()) | prov
-    (ROOT/"results"/f"{name}.json").write_text(json.dumps(result, indent=1)+"\n")
+    stages = {stage: about["seconds"] for stage,about in read(run/"state.json").items()}
+    result = dict(command="make train", seconds=round(sum(stages.values())), stages=stages,
+                  cpu=torch.backends.cpu.get_cpu_capability()) | read(run/"metrics.json")["provenance"]
+    write(name, result)
     print(json.dumps(result, indent=1))
+
+def refuse_mixtures(runs, configs, provenances):
+    for r,c in zip(runs, configs):
+        if other := set(differences(configs[0], c))-{"seed"}: sys.exit(f"{r} differs from {runs[0]} in {sorted(other)}")
+    for k in ("commit", "data", "torch", "vavae_nb", "precision"):
+        values = [p[k] for p in provenances]
+        if any(v != values[0] for v in values): sys.exit(f"the runs differ in {k}: {values}")
+
+def entry(values, digits):
+    std = statistics.stdev(values) if len(values) > 1 else 0.
+    return dict(mean=statistics.mean(values), std=std, values=values, digits=digits)
+
+def measures(metrics, state):
+    "Mean and standard deviation over the runs, by what was measured; times of the first run"
+    first, out = metrics[0], {}
+    def add_all(label, section, key, digits): out[label] = entry([m[section][key] for m in metrics], digits)
+    add_all(f"PSNR of {first['reconstruction']['n']} test images, dB", "reconstruction", "psnr", 2)
+    add_all("SSIM", "reconstruction", "ssim", 3)
+    add_all("LPIPS (VGG16)", "reconstruction", "lpips", 3)
+    rows = [{(f["network"], f["images"], f["against"]): f["value"] for f in m["generation"]["fd"]} for m in metrics]
+    names = {"samples": "guided samples", "samples_unguided": "unguided samples", "test": "real test images"}
+    for network,images,against in rows[0]:
+        values = [r[network, images, against] for r in rows]
+        out[f"FD over {network}: {names[images]} – {against} images"] = entry(values, 0)
+    vectors = f"{first['uniformity']['n']} latent vectors"
+    add_all(f"t-SNE density CV of {vectors}", "uniformity", "density_cv", 3)
+    add_all(f"5-NN distance CV of {vectors}", "uniformity", "knn_distance_cv", 3)
+    for stage,about in state.items(): out[f"stage {stage}, s"] = entry([about["seconds"]], 0)
+    out["of that, features of the foundation model, s"] = entry([state["tokenizer"]["feature_seconds"]], 0)
+    return out
 
 def main(name, *folders):
     runs = [Path(f) for f in folders]
     configs = [load_config(r/"config.yaml") for r in runs]
-    for r,c in zip(runs, configs):
-        if other := set(differences(configs[0], c))-{"seed"}: sys.exit(f"{r} differs from {runs[0]} in {sorted(other)}")
-    metrics = [json.loads((r/"metrics.json").read_text()) for r in runs]
-    prov = [m["provenance"] for m in metrics]
-    for k in ("commit", "data", "torch", "vavae_nb", "precision"):
-        if any(p[k] != prov[0][k] for p in prov): sys.exit(f"the runs differ in {k}: {[p[k] for p in prov]}")
-    def entry(values, digits): return dict(mean=statistics.mean(values), std=statistics.stdev(values) if len(values) > 1 else 0., values=values, digits=digits)
-    out = {}
-    for k,label,digits in (("psnr", "PSNR of {n} test images, dB", 2), ("ssim", "SSIM", 3), ("lpips", "LPIPS (VGG16)", 3)):
-        out[label.format(n=metrics[0]["reconstruction"]["n"])] = entry([m["reconstruction"][k] for m in metrics], digits)
-    rows = [{(f["network"], f["images"], f["against"]): f["value"] for f in m["generation"]["fd"]} for m in metrics]
-    label = {"samples": "guided samples", "samples_unguided": "unguided samples", "test": "real test images"}
-    for net,what,ref in rows[0]: out[f"FD over {net}: {label[what]} – {ref} images"] = entry([r[net, what, ref] for r in rows], 0)
-    for k,text in (("density_cv", "t-SNE density CV"), ("knn_distance_cv", "5-NN distance CV")): out[f"{text} of {metrics[0]['uniformity']['n']} latent vectors"] = entry([m["uniformity"][k] for m in metrics], 3)
-    state = json.loads((runs[0]/"state.json").read_text())
-    for k,v in state.items(): out[f"stage {k}, s"] = entry([v["seconds"]], 0)
-    out["of that, features of the foundation model, s"] = entry([state["tokenizer"]["feature_seconds"]], 0)
-    result = dict(command="python -m vavae_nb.train --seed N", recipe=configs[0].recipe, seeds=[c.seed for c in configs], commit=prov[0]["commit"], device=prov[0]["device"],
-                  threads=[p["threads"] for p in prov], torch=prov[0]["torch"], precision=prov[0]["precision"], data=prov[0]["data"], n=metrics[0]["generation"]["sampling"]["n"],
-                  seconds=sum(s["seconds"] for s in state.values()), measures=out, runs=metrics)
-    (ROOT/"results").mkdir(exist_ok=True); (ROOT/"nbs/images").mkdir(exist_ok=True)
-    (ROOT/"results"/f"{name}.json").write_text(json.dumps(result, indent=1))
-    for picture in ("reconstructions", "samples", "nearest"): shutil.copy(runs[0]/f"{picture}.png", ROOT/"nbs/images"/f"{name}-{picture}.png")
-    for k,v in out.items(): print(f"{k:70} {v['mean']:9.3f} ± {v['std']:.3f}")
+    metrics, state = [read(r/"metrics.json") for r in runs], read(runs[0]/"state.json")
+    provenances = [m["provenance"] for m in metrics]
+    refuse_mixtures(runs, configs, provenances)
+    first, out = provenances[0], measures(metrics, state)
+    result = dict(
+        command="python -m vavae_nb.train --seed N", recipe=configs[0].recipe, seeds=[c.seed for c in configs],
+        commit=first["commit"], device=first["device"], threads=[p["threads"] for p in provenances],
+        torch=first["torch"], precision=first["precision"], data=first["data"],
+        n=metrics[0]["generation"]["sampling"]["n"], seconds=sum(about["seconds"] for about in state.values()),
+        measures=out, runs=metrics)
+    (ROOT/"results").mkdir(exist_ok=True)
+    write(name, result, end="")
+    pictures = ROOT/"nbs"/"images"
+    pictures.mkdir(exist_ok=True)
+    for picture in ("reconstructions", "samples", "nearest"):
+        shutil.copy(runs[0]/f"{picture}.png", pictures/f"{name}-{picture}.png")
+    for label,v in out.items(): print(f"{label:70} {v['mean']:9.3f} ± {v['std']:.3f}")
 
 if __name__ == "__main__":
     if len(sys.argv) < 3: sys.exit(__doc__)

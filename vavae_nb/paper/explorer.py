@@ -20,17 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
-from ..recipes.config import Sampling
 from ..base.errors import ConfigError, unknown_name
+from ..base.tensors import generator
 from ..base.text import as_label, quiet_glyphs
 from ..data.images import embedded
 from ..dit.model import LightningDiT
 from ..flow.path import gaussian_velocity
 from ..flow.sampler import Guided, integrate, time_grid
-from ..sampling.drawing import generate_images, load_pair
 from ..metrics.quality import psnr
 from ..metrics.uniformity import density_cv, gini, kde_at_points, normalised_entropy
-from ..base.tensors import generator
+from ..recipes.config import Sampling
+from ..sampling.drawing import generate_images, load_pair
 from ..tokenizer.autoencoder import Autoencoder, to_uint8
 from ..tokenizer.vf_loss import cosine_loss, distmat_loss
 
@@ -38,55 +38,64 @@ from ..tokenizer.vf_loss import cosine_loss, distmat_loss
 class View:
     "A figure that follows its controls; a subclass says what is there (`build`) and what moves (`update`)"
     size = (7.5, 2.6) # Inches of 75 dots
+
     def __init__(self):
-        self.fig, self._still, self._seen = Figure(self.size, dpi=75), False, False
-        self.picture = ipywidgets.Image(format="png", layout=dict(width=f"{75*self.size[0]:.0f}px", max_width="100%")) # Else it is stretched
+        self.fig = Figure(self.size, dpi=75)
         FigureCanvasAgg(self.fig) # Not pyplot, which would show it a second time
+        width = f"{75*self.size[0]:.0f}px" # Else it is stretched
+        self.picture = ipywidgets.Image(format="png", layout=dict(width=width, max_width="100%"))
         self.note = self.fig.text(.005, .995, "", va="top", fontsize=8, color="grey")
         self.controls = self.build()
         self.numbers = self.update(**self.values)
         self.fig.tight_layout(rect=(0, 0, 1, .95))
+        self.is_shown, self.is_paused = False, False
         for c in self.controls.values(): c.observe(self.redraw, "value")
 
     def build(self)->dict: raise NotImplementedError          # Axes and artists; returns the controls by name
     def update(self, **values)->dict: raise NotImplementedError # Follow the values; returns the numbers worth knowing
     @property
-    def values(self)->dict: return {k: c.value for k,c in self.controls.items()}
+    def values(self)->dict: return {name: c.value for name,c in self.controls.items()}
 
     def redraw(self, change=None):
         "What happens when a control has moved; drawn only if there is a widget to see it"
-        if self._still: return
+        if self.is_paused: return
         self.numbers = self.update(**self.values)
-        if self._seen: self.picture.value = self.png()
+        if self.is_shown: self.picture.value = self.png()
 
 # %% ../../nbs/01_paper.explorer.ipynb #0b7b121a
-def _pixels(fig):
-    with quiet_glyphs(): fig.canvas.draw()
-    return np.array(fig.canvas.buffer_rgba())[...,:3]
-
-def _said(control, value):
-    text = f"{value:g}" if isinstance(value, (int, float)) else as_label(value)
-    return f"{control.description} = {text}"
-
 @patch
 def at(self:View,
     **values, # Of controls, by name
 )->dict[str,float]: # What `update` found
     "Set controls and redraw once; what a control cannot take is refused, where a slider would clip it"
-    for k,v in values.items():
-        if k not in self.controls: raise ConfigError(unknown_name("control", k, self.controls))
-        c = self.controls[k]
-        if hasattr(c, "options"):
-            if v not in c.options: raise ConfigError(unknown_name(k, v, c.options))
-            continue
-        lo, hi = (c.base**c.min, c.base**c.max) if isinstance(c, FloatLogSlider) else (c.min, c.max)
-        if not lo <= np.min(v) <= np.max(v) <= hi: raise ConfigError(f"{k} {v} is out of reach: it goes from {lo:g} to {hi:g}")
-    self._still = True
+    for name,value in values.items(): self.check(name, value)
+    self.is_paused = True
     try:
-        for k,v in values.items(): self.controls[k].value = v
-    finally: self._still = False
+        for name,value in values.items(): self.controls[name].value = value
+    finally: self.is_paused = False
     self.redraw()
     return self.numbers
+
+@patch
+def check(self:View,
+    name:str, # Of a control
+    value,    # A number, a pair of them, or one of its options
+):
+    "Refuse what a control cannot take"
+    if name not in self.controls: raise ConfigError(unknown_name("control", name, self.controls))
+    c = self.controls[name]
+    if hasattr(c, "options"):
+        if value not in c.options: raise ConfigError(unknown_name(name, value, c.options))
+        return
+    lo, hi = c.min, c.max
+    if isinstance(c, FloatLogSlider): lo, hi = c.base**lo, c.base**hi
+    if not lo <= np.min(value) <= np.max(value) <= hi:
+        raise ConfigError(f"{name} {value} is out of reach: it goes from {lo:g} to {hi:g}")
+
+# %% ../../nbs/01_paper.explorer.ipynb #2170db36
+def _pixels(fig):
+    with quiet_glyphs(): fig.canvas.draw()
+    return np.array(fig.canvas.buffer_rgba())[...,:3]
 
 @patch
 def png(self:View)->bytes: # A PNG file
@@ -98,96 +107,158 @@ def png(self:View)->bytes: # A PNG file
 @patch
 def widget(self:View)->ipywidgets.VBox:
     "The controls above the figure"
-    self._seen, self.picture.value = True, self.png()
-    for c in self.controls.values(): c.layout.width, c.style.description_width = "360px", "90px"
-    return ipywidgets.VBox([ipywidgets.Box([*self.controls.values()], layout=ipywidgets.Layout(flex_flow="row wrap")), self.picture])
+    self.is_shown, self.picture.value = True, self.png()
+    for c in self.controls.values():
+        c.layout.width = "360px"
+        c.style.description_width = "90px"
+    controls = ipywidgets.Box([*self.controls.values()], layout=ipywidgets.Layout(flex_flow="row wrap"))
+    return ipywidgets.VBox([controls, self.picture])
 
 @patch
 def strip(self:View,
     *positions:dict,  # Values of controls, by name
-    colours:int=24,   # Of the picture, to keep it small
+    colours:int=48,   # Of the picture, to keep it small
 )->Image.Image:
     "The figure at some positions, one under the other; the controls are left as they were"
     before, rows = self.values, []
-    for p in positions:
-        self.note.set_text(", ".join(_said(self.controls[k], v) for k,v in p.items()))
-        self.at(**p)
+    for values in positions:
+        self.note.set_text(", ".join(_setting(self.controls[name], value) for name,value in values.items()))
+        self.at(**values)
         rows.append(_pixels(self.fig))
     self.note.set_text("")
     self.at(**before)
     return Image.fromarray(np.concatenate(rows)).quantize(colours, Image.Quantize.MAXCOVERAGE)
 
-# %% ../../nbs/01_paper.explorer.ipynb #60ddb443
-def _ring(deg): return torch.stack([deg.deg2rad().cos(), deg.deg2rad().sin()], -1) # Angles (…,) to unit vectors (…, 2)
-def _maps(*deg): return torch.stack([_ring(d) for d in deg], -1)[..., None]        # Angles of k positions, (n,) each, to n maps (n, 2, k, 1)
-def _slope(loss, x): x = x.clone().requires_grad_(); return torch.autograd.grad(loss(x).sum(), x)[0] # Of each item, since they do not meet
+def _setting(control, value):
+    text = f"{value:g}" if isinstance(value, (int, float)) else as_label(value)
+    return f"{control.description} = {text}"
 
+# %% ../../nbs/01_paper.explorer.ipynb #60ddb443
+def _unit(degrees): # Angles (…,) to unit vectors (…, 2)
+    return torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], -1)
+
+def _maps(*degrees): # Angles of k positions, (n,) each, to n maps (n, 2, k, 1)
+    return torch.stack([_unit(d) for d in degrees], -1)[..., None]
+
+def _pairs(values): # Two tensors (n²,): all pairs of values (n,)
+    first, second = torch.meshgrid(values, values, indexing="ij")
+    return first.flatten(), second.flatten()
+
+def _gradient(loss, x): # Of each item of x, since they do not meet
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(loss(x).sum(), x)[0]
+
+def _each(term, margin): # A term of the VF loss, of each item of a batch
+    return torch.func.vmap(lambda z, f: term(z[None], f[None], margin))
+
+# %% ../../nbs/01_paper.explorer.ipynb #3a9fbd3c
 class VFSurface(View):
     "The two terms of the VF loss over what they see, while the margins move; Yao et al. 2025, section 3.2"
     size = (7.6, 2.8)
     def build(self):
-        self.deg, self.cos, turn = torch.arange(0., 181., 2), torch.linspace(-1, 1, 41), torch.arange(-180., 181., 6)
-        grid = lambda a: [o.flatten() for o in torch.meshgrid(a, a, indexing="ij")]
-        flat = torch.zeros_like
-        g, c = grid(self.cos.acos().rad2deg())
-        self.one = _maps(self.deg), _maps(flat(self.deg))
-        self.pair = _maps(flat(c), c), _maps(flat(g), g)                   # Latents at the cosine C, features at G
-        self.two, self.feat = _maps(*grid(turn)[::-1]), _maps(torch.zeros(1), torch.full((1,), 90.))
-        self.few = grid(torch.arange(-165., 180., 30))[::-1]
-        a, b, c = self.fig.subplots(1, 3)
-        self.loss, = a.plot(self.deg, flat(self.deg), label="loss"); self.pull, = a.plot(self.deg, flat(self.deg), "--", label="gradient")
-        a.set(xlabel="angle between z' and f, degrees", ylim=(-.05, 2.05)); a.legend(fontsize=7, loc="upper left")
-        how = dict(origin="lower", cmap=ListedColormap(colormaps["Purples"](np.linspace(.2, 1, 256))).with_extremes(under="white"), vmin=1e-6, vmax=2) # White is zero
-        self.second = b.imshow(np.zeros((41, 41)), extent=(-1, 1, -1, 1), **how); b.set(xlabel="cosine of the features", ylabel="cosine of the latents")
-        self.both = c.imshow(np.zeros((61, 61)), extent=(-180, 180, -180, 180), **how); c.plot(0, 90, "k*", ms=8)
-        self.arrows = c.quiver(*self.few, *self.few, scale=1.5, scale_units="xy", width=.006, color="C1", angles="xy")
-        c.set(xlabel="direction of $z'_1$", ylabel="direction of $z'_2$", xticks=(-180, 0, 180), yticks=(-180, 0, 180))
-        self.axs = a, b, c
-        return dict(cos_margin=FloatSlider(.5, min=0, max=2, step=.05, description="m1"), distmat_margin=FloatSlider(.25, min=0, max=2, step=.05, description="m2"))
+        self.angles, cosines = torch.arange(0., 181., 2), torch.linspace(-1, 1, 41)
+        self.single = _maps(self.angles), _maps(torch.zeros_like(self.angles))      # A latent and its feature
+        of_features, of_latents = (c.acos().rad2deg() for c in _pairs(cosines))
+        zero = torch.zeros_like(of_features)
+        self.pair = _maps(zero, of_latents), _maps(zero, of_features)               # Two latents, two features
+        second, first = _pairs(torch.arange(-180., 181., 6))
+        self.directions, self.features = _maps(first, second), _maps(torch.zeros(1), torch.full((1,), 90.))
+        second, first = _pairs(torch.arange(-165., 180., 30))
+        self.arrow_angles = torch.stack([first, second])
+        self.axs = self.fig.subplots(1, 3)
+        self.draw_first(self.axs[0])
+        self.second = self.draw_surface(self.axs[1], 41, 1, "cosine of the features", "cosine of the latents")
+        self.both = self.draw_surface(self.axs[2], 61, 180, "direction of $z'_1$", "direction of $z'_2$")
+        self.draw_arrows(self.axs[2])
+        return dict(cos_margin=FloatSlider(.5, min=0, max=2, step=.05, description="m1"),
+                    distmat_margin=FloatSlider(.25, min=0, max=2, step=.05, description="m2"))
+
+    def draw_first(self, ax):
+        zero = torch.zeros_like(self.angles)
+        self.loss, = ax.plot(self.angles, zero, label="loss")
+        self.pull, = ax.plot(self.angles, zero, "--", label="gradient")
+        ax.set(xlabel="angle between z' and f, degrees", ylim=(-.05, 2.05))
+        ax.legend(fontsize=7, loc="upper left")
+
+    def draw_surface(self, ax, n, most, xlabel, ylabel):
+        "An empty n × n picture from -most to most, white where a value is zero"
+        purple = ListedColormap(colormaps["Purples"](np.linspace(.2, 1, 256))).with_extremes(under="white")
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        extent = (-most, most, -most, most)
+        return ax.imshow(np.zeros((n, n)), extent=extent, origin="lower", cmap=purple, vmin=1e-6, vmax=2)
+
+    def draw_arrows(self, ax):
+        x, y = self.arrow_angles
+        ax.plot(0, 90, "k*", ms=8)
+        self.arrows = ax.quiver(x, y, x, y, scale=1.5, scale_units="xy", width=.006, color="C1", angles="xy")
+        ax.set(xticks=(-180, 0, 180), yticks=(-180, 0, 180))
 
     def update(self, cos_margin, distmat_margin):
-        each = torch.func.vmap
-        first, second = each(lambda z, f: cosine_loss(z[None], f[None], cos_margin)), each(lambda z, f: distmat_loss(z[None], f[None], distmat_margin))
-        whole = lambda z: first(z, self.feat.expand_as(z))+second(z, self.feat.expand_as(z))
-        z, f = self.one
-        loss, pull = first(z, f), _slope(lambda z: first(z, f), z).flatten(1).norm(dim=1)
-        pairs, both = 2*second(*self.pair), whole(self.two)                # A pair is two of the four entries of its matrix
-        slope = _slope(lambda a: whole(_maps(*a)), torch.stack(self.few)).rad2deg()
-        self.loss.set_ydata(loss); self.pull.set_ydata(pull)
-        self.second.set_data(pairs.view(41, 41).T.numpy()); self.both.set_data(both.view(61, 61).numpy()); self.arrows.set_UVC(*-40*slope.numpy())
-        free = dict(cos_free=loss, distmat_free=pairs, both_free=both)
-        out = {k: (v < 1e-6).float().mean().item() for k,v in free.items()}
-        for ax,name,share in zip(self.axs, ("cosine", "distance matrix", "both"), out.values()): ax.set_title(f"{name}: {share:.0%} free", fontsize=9)
-        return out | dict(edge=math.degrees(math.acos(max(-1., 1-cos_margin))))
+        first, second = _each(cosine_loss, cos_margin), _each(distmat_loss, distmat_margin)
+        def whole(z): return first(z, self.features.expand_as(z))+second(z, self.features.expand_as(z))
+        z, f = self.single
+        loss, pull = first(z, f), _gradient(lambda z: first(z, f), z).flatten(1).norm(dim=1)
+        pairs, both = 2*second(*self.pair), whole(self.directions)         # A pair is two of its matrix's four entries
+        slope = _gradient(lambda angles: whole(_maps(*angles)), self.arrow_angles).rad2deg()
+        self.loss.set_ydata(loss)
+        self.pull.set_ydata(pull)
+        self.second.set_data(pairs.view(41, 41).T.numpy())
+        self.both.set_data(both.view(61, 61).numpy())
+        self.arrows.set_UVC(*-40*slope.numpy())
+        free = [(values < 1e-6).float().mean().item() for values in (loss, pairs, both)]
+        for ax,title,share in zip(self.axs, ("cosine", "distance matrix", "both"), free):
+            ax.set_title(f"{title}: {share:.0%} free", fontsize=9)
+        edge = math.degrees(math.acos(max(-1., 1-cos_margin)))
+        return dict(cos_free=free[0], distmat_free=free[1], both_free=free[2], edge=edge)
 
 # %% ../../nbs/01_paper.explorer.ipynb #34cfd2cb
 class Times(View):
     "The density of training times over that of the sampler's points; Esser et al. 2024, sections 3.1 and 5.3.2"
     size = (8., 2.7)
     def build(self):
-        self.t, self.x = torch.linspace(.002, .998, 499), torch.linspace(-7, 7, 400)
+        self.t, self.logit = torch.linspace(.002, .998, 499), torch.linspace(-7, 7, 400)
         self.axs = self.fig.subplots(1, 2)
-        self.lines = []
-        for ax,x,label in zip(self.axs, (self.t, self.x), ("t (0: noise, 1: data)", "logit t")):
-            self.lines.append([ax.plot(x, 0*x, c, label=name)[0] for c,name in (("C0", "training"), ("C1", "sampler's points"))])
-            self.lines[-1].append(ax.plot([0], [0], "|", color="C1", ms=7, alpha=.6)[0]); ax.set(xlabel=label, yticks=[])
-        self.axs[0].set_ylim(-.25, 5); self.axs[1].set_ylim(-.05, .62); self.axs[0].legend(fontsize=7)
-        return dict(mean=FloatSlider(0., min=-3, max=3, step=.1, description="mean of logit"), std=FloatSlider(1., min=.2, max=3, step=.1, description="std of logit"),
-                    shift=FloatLogSlider(.3, min=-1.5, max=1.5, step=.02, description="shift s"), points=IntSlider(50, min=5, max=250, description="points"))
+        self.over_t = self.draw(self.axs[0], self.t, "t (0: noise, 1: data)")
+        self.over_logit = self.draw(self.axs[1], self.logit, "logit t")
+        self.axs[0].set_ylim(-.25, 5)
+        self.axs[1].set_ylim(-.05, .62)
+        self.axs[0].legend(fontsize=7)
+        return dict(mean=FloatSlider(0., min=-3, max=3, step=.1, description="mean of logit"),
+                    std=FloatSlider(1., min=.2, max=3, step=.1, description="std of logit"),
+                    shift=FloatLogSlider(.3, min=-1.5, max=1.5, step=.02, description="shift s"),
+                    points=IntSlider(50, min=5, max=250, description="points"))
+
+    def draw(self, ax, x, xlabel):
+        "The two densities, and a mark for each of the sampler's points"
+        training, = ax.plot(x, 0*x, "C0", label="training")
+        sampling, = ax.plot(x, 0*x, "C1", label="sampler's points")
+        marks, = ax.plot([0], [0], "|", color="C1", ms=7, alpha=.6)
+        ax.set(xlabel=xlabel, yticks=[])
+        return training, sampling, marks
 
     def update(self, mean, std, shift, points):
-        normal = lambda x: torch.exp(-.5*((x-mean)/std)**2)/(std*math.sqrt(2*math.pi))
-        p, q = normal(self.t.logit())/(self.t*(1-self.t)), shift/(shift+(1-shift)*self.t)**2
-        y = torch.sigmoid(self.x-math.log(shift))
+        def normal(logit): return torch.exp(-.5*((logit-mean)/std)**2)/(std*math.sqrt(2*math.pi))
+        trained = normal(self.t.logit())/(self.t*(1-self.t))
+        sampled = shift/(shift+(1-shift)*self.t)**2
+        logistic = torch.sigmoid(self.logit-math.log(shift))
         ts = time_grid(points, shift)
-        for (a,b,rug),(u,v),at,low in zip(self.lines, ((p, q), (normal(self.x), y*(1-y))), (ts, ts[1:-1].logit()), (-.12, -.025)):
-            a.set_ydata(u); b.set_ydata(v); rug.set_data(at, torch.full_like(at, low))
-        overlap, early = torch.minimum(p, q).mean().item(), self.t < .1
-        out = dict(overlap=overlap, trained_early=p[early].sum().item()/p.sum().item(), stepped_early=(ts[:-1] < .1).float().mean().item(),
+        _move(self.over_t, trained, sampled, ts, -.12)
+        _move(self.over_logit, normal(self.logit), logistic*(1-logistic), ts[1:-1].logit(), -.025)
+        early = self.t < .1
+        out = dict(overlap=torch.minimum(trained, sampled).mean().item(),
+                   trained_early=trained[early].sum().item()/trained.sum().item(),
+                   stepped_early=(ts[:-1] < .1).float().mean().item(),
                    first_step=ts.diff()[0].item(), last_step=ts.diff()[-1].item())
-        self.axs[0].set_title(f"before t = 0.1: {out['trained_early']:.0%} of training, {out['stepped_early']:.0%} of the steps", fontsize=9)
-        self.axs[1].set_title(f"the densities share {overlap:.0%} of their area", fontsize=9)
+        shares = f"{out['trained_early']:.0%} of training, {out['stepped_early']:.0%} of the steps"
+        self.axs[0].set_title(f"before t = 0.1: {shares}", fontsize=9)
+        self.axs[1].set_title(f"the densities share {out['overlap']:.0%} of their area", fontsize=9)
         return out
+
+def _move(lines, trained, sampled, points, height):
+    training, sampling, marks = lines
+    training.set_ydata(trained)
+    sampling.set_ydata(sampled)
+    marks.set_data(points, torch.full_like(points, height))
 
 # %% ../../nbs/01_paper.explorer.ipynb #0d00c79a
 def mixture_velocity(
@@ -220,31 +291,52 @@ class Trajectories(View):
     "Guidance, solver and steps on the toy whose velocity is known; Ho & Salimans 2022, Kynkäänniemi et al. 2024"
     size = (7., 2.5)
     def build(self):
-        self.x0, self.y = torch.randn(400, 2, generator=generator(0, "trajectories")), torch.zeros(400, dtype=torch.long)
-        self.means = torch.tensor(toy_means)
-        self.axs = a, b = self.fig.subplots(1, 2, sharex=True, sharey=True)
-        self.paths = LineCollection([], colors="C0", linewidths=.6, alpha=.35); a.add_collection(self.paths)
-        a.plot(*self.x0[:80].T, ".", ms=2, color="grey")
+        self.x0 = torch.randn(400, 2, generator=generator(0, "trajectories"))
+        self.labels, self.means = torch.zeros(400, dtype=torch.long), torch.tensor(toy_means)
+        self.axs = self.fig.subplots(1, 2, sharex=True, sharey=True)
+        self.paths = LineCollection([], colors="C0", linewidths=.6, alpha=.35)
+        self.axs[0].add_collection(self.paths)
+        self.axs[0].plot(*self.x0[:80].T, ".", ms=2, color="grey")
         self.ends = [ax.plot([], [], ".", ms=3, color="C0")[0] for ax in self.axs]
-        gx, gy = torch.meshgrid(torch.linspace(-3, 3, 90), torch.linspace(-3, 3, 90), indexing="xy")
-        lumps = torch.exp(-(torch.stack([gx, gy], -1)[:, :, None]-self.means).square().sum(-1)/(2*toy_std**2))
-        for p,c in ((lumps[..., :2].sum(-1), "C2"), (lumps[..., 2], "C3")): b.contour(gx, gy, p, levels=[math.exp(-2)], colors=c, linewidths=1) # Two widths
-        for ax in self.axs: ax.plot(*self.means[:2].T, "+", color="C2"); ax.plot(*self.means[2:].T, "x", color="C3"); ax.set(xlim=(-3, 3), ylim=(-2.4, 2.4))
-        return dict(cfg_scale=FloatSlider(1., min=1, max=10, step=.25, description="scale w"), cfg_interval=FloatRangeSlider(value=(0., 1.), min=0, max=1, step=.01, description="interval"),
-                    solver=Dropdown(options=["euler", "heun", "midpoint", "rk4"], description="solver"), points=IntSlider(50, min=3, max=100, description="points"),
+        self.draw_lumps()
+        return dict(cfg_scale=FloatSlider(1., min=1, max=10, step=.25, description="scale w"),
+                    cfg_interval=FloatRangeSlider(value=(0., 1.), min=0, max=1, step=.01, description="interval"),
+                    solver=Dropdown(options=["euler", "heun", "midpoint", "rk4"], description="solver"),
+                    points=IntSlider(50, min=3, max=100, description="points"),
                     shift=FloatLogSlider(1., min=-1.5, max=.5, step=.02, description="shift s"))
 
+    def draw_lumps(self):
+        "The lumps' centres, and on the right their contours at two widths"
+        axis = torch.linspace(-3, 3, 90)
+        x, y = torch.meshgrid(axis, axis, indexing="xy")
+        squares = (torch.stack([x, y], -1)[:, :, None]-self.means).square().sum(-1)
+        lumps = torch.exp(-squares/(2*toy_std**2))
+        contour = dict(levels=[math.exp(-2)], linewidths=1)
+        self.axs[1].contour(x, y, lumps[..., :2].sum(-1), colors="C2", **contour)
+        self.axs[1].contour(x, y, lumps[..., 2], colors="C3", **contour)
+        for ax in self.axs:
+            ax.plot(*self.means[:2].T, "+", color="C2")
+            ax.plot(*self.means[2:].T, "x", color="C3")
+            ax.set(xlim=(-3, 3), ylim=(-2.4, 2.4))
+
     def update(self, cfg_scale, cfg_interval, solver, points, shift):
-        rows, seen = [0], [self.x0]
-        def model(x, t, y): rows[0] += len(x)//len(self.x0); return toy_velocity(x, t, y)
-        self.x1 = integrate(Guided(model, self.y, 2, cfg_scale, cfg_interval), self.x0, time_grid(points, shift), solver, callback=lambda i,t,x: seen.append(x))
-        near, far = torch.cdist(self.x1, self.means[:2]).min(1).indices, torch.cdist(self.x1, self.means[:2]).amin(1)
-        left = self.x1[near == 0]
-        self.paths.set_segments([*torch.stack(seen)[:, :80].transpose(0, 1).numpy()])
-        for line,x in zip(self.ends, (self.x1[:80], self.x1)): line.set_data(*x.T)
-        out = dict(evaluations=rows[0], near_other=(near == 1).float().mean().item(), lost=(far > 4*toy_std).float().mean().item(), width=((self.x1-self.means[near]).std(0).mean()/toy_std).item())
-        self.axs[0].set_title(f"{rows[0]} evaluations of the model", fontsize=9)
-        self.axs[1].set_title(f"right lump {out['near_other']:.0%}, width {out['width']:.2f}, lost {out['lost']:.0%}", fontsize=9)
+        asked, visited = [], [self.x0]
+        def model(x, t, y):
+            asked.append(len(x)//len(self.x0)) # Guided, for both labels at once
+            return toy_velocity(x, t, y)
+        velocity = Guided(model, self.labels, 2, cfg_scale, cfg_interval)
+        def keep(i, t, x): visited.append(x)
+        self.x1 = integrate(velocity, self.x0, time_grid(points, shift), solver, callback=keep)
+        self.paths.set_segments([*torch.stack(visited)[:, :80].transpose(0, 1).numpy()])
+        self.ends[0].set_data(*self.x1[:80].T)
+        self.ends[1].set_data(*self.x1.T)
+        distance, nearest = torch.cdist(self.x1, self.means[:2]).min(1)
+        out = dict(evaluations=sum(asked), near_other=(nearest == 1).float().mean().item(),
+                   lost=(distance > 4*toy_std).float().mean().item(),
+                   width=((self.x1-self.means[nearest]).std(0).mean()/toy_std).item())
+        self.axs[0].set_title(f"{out['evaluations']} evaluations of the model", fontsize=9)
+        ends = f"right lump {out['near_other']:.0%}, width {out['width']:.2f}, lost {out['lost']:.0%}"
+        self.axs[1].set_title(ends, fontsize=9)
         return out
 
 # %% ../../nbs/01_paper.explorer.ipynb #7fd338a8
@@ -258,63 +350,97 @@ def small_model()->tuple[LightningDiT,Autoencoder,dict]: # In eval mode, on the 
 class Samples(View):
     "Images of the small trained model, without guidance and with it, from the same noise"
     size = (6., 2.4)
+    n = 6 # Images in a row
     def build(self):
         self.model, self.tok, _ = small_model()
-        self.classes, self.n, self.kept = self.model.meta["classes"], 6, (None, None)
-        blank, axs = np.zeros((32, 32*self.n, 3), np.uint8), self.fig.subplots(2, 1)
+        self.classes = self.model.meta["classes"]
+        self.drawn_with, self.plain = None, None # The images without guidance, and the settings that they are of
+        axs = self.fig.subplots(2, 1)
+        blank = np.zeros((32, 32*self.n, 3), np.uint8)
         self.rows = [ax.imshow(blank, interpolation="nearest") for ax in axs]
         for ax in axs: ax.set(xticks=[], yticks=[])
-        slow = dict(continuous_update=False) # They act when they are let go
-        return dict(label=Dropdown(options=self.classes, value=self.classes[-1], description="class"), cfg_scale=FloatSlider(3., min=1, max=10, step=.5, description="scale w", **slow),
-                    cfg_interval=FloatRangeSlider(value=(.1, 1.), min=0, max=1, step=.05, description="interval", **slow),
-                    solver=Dropdown(options=["euler", "heun", "midpoint", "rk4"], description="solver"), points=IntSlider(8, min=3, max=50, description="points", **slow),
+        slow, whole = dict(continuous_update=False), dict(min=0, max=1) # They act when they are let go
+        return dict(label=Dropdown(options=self.classes, value=self.classes[-1], description="class"),
+                    cfg_scale=FloatSlider(3., min=1, max=10, step=.5, description="scale w", **slow),
+                    cfg_interval=FloatRangeSlider(value=(.1, 1.), step=.05, description="interval", **whole, **slow),
+                    solver=Dropdown(options=["euler", "heun", "midpoint", "rk4"], description="solver"),
+                    points=IntSlider(8, min=3, max=50, description="points", **slow),
                     seed=IntSlider(0, min=0, max=99, description="seed", **slow))
 
-    def draw(self, label, seed, **sampling):
-        y = torch.full((self.n,), self.classes.index(label))
-        return generate_images(self.model, self.tok, y, Sampling(**sampling), seed=seed, precision="fp32", progress=False)
+    def draw(self, label, seed, **sampling): # uint8 (n, 32, 32, 3)
+        labels = torch.full((self.n,), self.classes.index(label))
+        return generate_images(self.model, self.tok, labels, Sampling(**sampling), seed=seed, precision="fp32",
+                               progress=False)
 
     def update(self, label, cfg_scale, cfg_interval, solver, points, seed):
-        how = dict(label=label, seed=seed, solver=solver, points=points)
-        if self.kept[0] != how: self.kept = how, self.draw(cfg_scale=1., **how)
-        self.plain = self.kept[1]                                             # uint8 (n, 32, 32, 3)
-        self.guided = self.plain if cfg_scale == 1 else self.draw(cfg_scale=cfg_scale, cfg_interval=cfg_interval, **how)
-        out = dict(contrast=self.guided.std()/self.plain.std(), moved=np.abs(self.guided.astype(float)-self.plain).mean())
-        for im,x,name in zip(self.rows, (self.plain, self.guided), ("no guidance", f"scale {cfg_scale:g}, contrast ×{out['contrast']:.2f}")):
-            im.set_data(np.concatenate([*x], 1)); im.axes.set_title(f"{as_label(label)}, {name}", fontsize=9)
-        return out
+        settings = dict(label=label, seed=seed, solver=solver, points=points)
+        if self.drawn_with != settings: self.drawn_with, self.plain = settings, self.draw(cfg_scale=1., **settings)
+        if cfg_scale == 1: self.guided = self.plain
+        else: self.guided = self.draw(cfg_scale=cfg_scale, cfg_interval=cfg_interval, **settings)
+        contrast = self.guided.std()/self.plain.std()
+        titles = "no guidance", f"scale {cfg_scale:g}, contrast ×{contrast:.2f}"
+        for shown,images,title in zip(self.rows, (self.plain, self.guided), titles):
+            shown.set_data(np.concatenate([*images], 1))
+            shown.axes.set_title(f"{as_label(label)}, {title}", fontsize=9)
+        return dict(contrast=contrast, moved=np.abs(self.guided.astype(float)-self.plain).mean())
 
 # %% ../../nbs/01_paper.explorer.ipynb #ea0c51de
 class Channels(View):
     "What one channel of a latent does to the reconstruction"
     size = (8., 2.4)
     def build(self):
-        (_, self.tok, _), self.images, self.kept = small_model(), embedded("test"), (None, None)
-        d, self.side = self.tok.latent_dim, self.images.size//self.tok.downsampling+1
-        self.cols, axs, blank = math.ceil(d**.5), self.fig.subplots(1, 4), np.zeros((32, 32, 3), np.uint8)
+        _, self.tok, _ = small_model()
+        self.images = embedded("test")
+        self.encoded = None # Number of an image, the image, its latent, the latent decoded
+        channels = self.tok.latent_dim
+        self.columns = math.ceil(channels**.5)
+        self.tile = self.images.size//self.tok.downsampling+1 # A line of pixels between channels
+        axs = self.fig.subplots(1, 4)
+        blank = np.zeros((32, 32, 3), np.uint8)
         self.shown = [ax.imshow(blank, interpolation="nearest") for ax in axs[:3]]
-        self.latent = axs[3].imshow(np.zeros((self.side*math.ceil(d/self.cols), self.side*self.cols)), cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest")
-        self.mark = axs[3].add_patch(Rectangle((0, 0), self.side-1, self.side-1, fill=False, ec="k", lw=1.5))
-        for ax,name in zip(axs, ("image", "", "", f"latent, {d} channels")): ax.set(xticks=[], yticks=[]); ax.set_title(name, fontsize=9)
-        return dict(image=IntSlider(7, min=0, max=len(self.images)-1, description="image"), channel=IntSlider(0, min=0, max=d-1, description="channel"),
-                    scale=FloatSlider(1., min=-2, max=4, step=.1, description="scale"), shift=FloatSlider(0., min=-3, max=3, step=.1, description="shift"))
+        tiles = np.zeros((self.tile*math.ceil(channels/self.columns), self.tile*self.columns))
+        self.latent = axs[3].imshow(tiles, cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest")
+        self.mark = axs[3].add_patch(Rectangle((0, 0), self.tile-1, self.tile-1, fill=False, ec="k", lw=1.5))
+        axs[0].set_title("image", fontsize=9)
+        axs[3].set_title(f"latent, {channels} channels", fontsize=9)
+        for ax in axs: ax.set(xticks=[], yticks=[])
+        return dict(image=IntSlider(7, min=0, max=len(self.images)-1, description="image"),
+                    channel=IntSlider(0, min=0, max=channels-1, description="channel"),
+                    scale=FloatSlider(1., min=-2, max=4, step=.1, description="scale"),
+                    shift=FloatSlider(0., min=-3, max=3, step=.1, description="shift"))
 
     @torch.no_grad()
     def update(self, image, channel, scale, shift):
-        if self.kept[0] != image: # What does not depend on the edit
+        x, z, self.plain = self.of_image(image)
+        z = z.clone()
+        z[:, channel] = scale*z[:, channel]+shift
+        self.edited = self.tok.decode(z)
+        out = dict(psnr=psnr(x, self.plain).item(), psnr_edited=psnr(x, self.edited).item(),
+                   moved=(self.edited-self.plain).abs().mean().item())
+        for shown,pixels in zip(self.shown, (x, self.plain, self.edited)): shown.set_data(to_uint8(pixels)[0].numpy())
+        self.shown[1].axes.set_title(f"reconstruction, {out['psnr']:.1f} dB", fontsize=9)
+        self.shown[2].axes.set_title(f"edited, {out['psnr_edited']:.1f} dB", fontsize=9)
+        self.show_latent(z[0], channel)
+        return out
+
+    def of_image(self, image):
+        "An image, its latent, and the latent decoded: what does not depend on the edit"
+        if self.encoded is None or self.encoded[0] != image:
             x = self.images.batch([image])
             z = self.tok.encode(x, sample=False)
-            self.kept = image, (x, z, self.tok.decode(z))
-        x, z, self.plain = self.kept[1]
-        z = z.clone(); z[:, channel] = scale*z[:, channel]+shift
-        self.edited, s = self.tok.decode(z), self.side
-        out = dict(psnr=psnr(x, self.plain).item(), psnr_edited=psnr(x, self.edited).item(), moved=(self.edited-self.plain).abs().mean().item())
-        for im,o in zip(self.shown, (x, self.plain, self.edited)): im.set_data(to_uint8(o)[0].numpy())
-        for im,name in zip(self.shown[1:], (f"reconstruction, {out['psnr']:.1f} dB", f"edited, {out['psnr_edited']:.1f} dB")): im.axes.set_title(name, fontsize=9)
-        tiles, at = np.full(self.latent.get_array().shape, np.nan), lambda k: (s*(k//self.cols), s*(k % self.cols))
-        for k,c in enumerate(z[0]): i, j = at(k); tiles[i:i+s-1, j:j+s-1] = c
-        self.latent.set_data(tiles); self.mark.set_xy([o-.5 for o in at(channel)[::-1]])
-        return out
+            self.encoded = image, x, z, self.tok.decode(z)
+        return self.encoded[1:]
+
+    def show_latent(self, z, channel):
+        tiles, n = np.full(self.latent.get_array().shape, np.nan), self.tile
+        for k,values in enumerate(z):
+            y, x = self.corner(k)
+            tiles[y:y+n-1, x:x+n-1] = values
+        y, x = self.corner(channel)
+        self.latent.set_data(tiles)
+        self.mark.set_xy((x-.5, y-.5))
+
+    def corner(self, channel): return self.tile*(channel//self.columns), self.tile*(channel % self.columns)
 
 # %% ../../nbs/01_paper.explorer.ipynb #31c87831
 class Density(View):
@@ -323,24 +449,31 @@ class Density(View):
     def __init__(self,
         points:dict[str,Tensor], # Of each tokenizer, (n, 2), as from `tsne_2d`
     ):
-        self.points = {k: p[torch.randperm(len(p), generator=generator(0, "density"))] for k,p in points.items()}
+        self.points = {}
+        for name,x in points.items():
+            shuffled = torch.randperm(len(x), generator=generator(0, "density"))
+            self.points[name] = x[shuffled]
         super().__init__()
 
     def build(self):
-        self.axs = self.fig.subplots(1, 2)
-        self.dots = [ax.scatter([], [], c=[], s=4, vmin=.25, vmax=1.75, cmap="viridis", lw=0) for ax in self.axs] # Of the mean density
-        for ax in self.axs: ax.set(xticks=[], yticks=[], xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
+        self.axs, self.dots = self.fig.subplots(1, 2), []
+        for ax in self.axs:
+            dots = ax.scatter([], [], c=[], s=4, vmin=.25, vmax=1.75, cmap="viridis", lw=0) # Of the mean density
+            self.dots.append(dots)
+            ax.set(xticks=[], yticks=[], xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
         names, most = list(self.points), min(len(p) for p in self.points.values())
-        return dict(left=Dropdown(options=names, description="left"), right=Dropdown(options=names, value=names[-1], description="right"),
+        return dict(left=Dropdown(options=names, description="left"),
+                    right=Dropdown(options=names, value=names[-1], description="right"),
                     n=IntSlider(most, min=100, max=most, step=100, description="points"))
 
     def update(self, left, right, n):
         out = {}
         for side,name,ax,dots in zip(("left", "right"), (left, right), self.axs, self.dots):
             x = self.points[name][:n]
-            p = kde_at_points(x)
-            out |= {f"{side}_cv": density_cv(p), f"{side}_gini": gini(p), f"{side}_entropy": normalised_entropy(p)}
-            dots.set_offsets(x/self.points[name].abs().max()); dots.set_array((p/p.mean()).numpy())
-            cv, spread = out[f"{side}_cv"], out[f"{side}_gini"]
+            density = kde_at_points(x)
+            cv, spread = density_cv(density), gini(density)
+            out |= {f"{side}_cv": cv, f"{side}_gini": spread, f"{side}_entropy": normalised_entropy(density)}
+            dots.set_offsets(x/self.points[name].abs().max())
+            dots.set_array((density/density.mean()).numpy())
             ax.set_title(f"{as_label(name, 30)}: CV {cv:.3f}, Gini {spread:.3f}", fontsize=9)
         return out

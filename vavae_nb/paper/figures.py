@@ -5,58 +5,93 @@
 # %% auto #0
 __all__ = ['judges', 'picture', 'plot_dilemma', 'plot_frontier', 'plot_convergence', 'plot_sizes', 'plot_steps',
            'every_tokenizer', 'plot_predictors', 'architecture_shapes', 'draw_architecture', 'plot_samples',
-           'plot_tsne', 'table3']
+           'plot_tsne']
 
 # %% ../../nbs/46_paper.figures.ipynb #dd7cdee9
 import io
+from itertools import chain
 from pathlib import Path
 from typing import Iterable
 import matplotlib.pyplot as plt, numpy as np, torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from IPython import display
 from PIL import Image
 from scipy.stats import spearmanr
-from .results import FilledTable, figures, load_table, networks
+from .results import FilledTable, figures, load_table
 from .runs import chosen_rows, read_result, result_path
-from .tables import scales, tables
+from .tables import configuration, networks, scales, tables
 from ..recipes.config import Config
-from ..base.errors import DataError
+from ..base.errors import ConfigError, DataError, unknown_name
 from ..base.text import as_label, quiet_glyphs
 from ..metrics.uniformity import kde_at_points, plot_density
 from ..training.networks import build_dit, build_tokenizer
-from ..training.costs import data_counts
+from ..training.costs import data_counts, plan
 from ..tokenizer.foundation import foundation_cost
 
 # %% ../../nbs/46_paper.figures.ipynb #30f0e59b
 _colours = {"none": "tab:red", "dinov2": "tab:blue", "mae": "tab:orange"}
-def _vfm(row): return row.recipe.split("-")[1]
-def _legend(vfm, small): return {"none": "no VF loss", "dinov2": "VF loss, EfficientNet-Lite0" if small else "VF loss, DINOv2"}.get(vfm, f"VF loss, {vfm}")
-def _over(column): return f"FD over {as_label(networks.get(column[3:], column[3:]))}" # Of `figures`
-def _dim(f, t): return int(f.name.split("-")[0].split("d")[1])
+def _vfm(f): return f.row.recipe.split("-")[1]
+def _dim(f): return int(f.name.split("-")[0].split("d")[1])
+def _is_small(t): return scales[t.scale].prefix == "cifar10"
 
-def _behind(ax): # Axes of the paper's points: grey, at the top and on the right
-    other = ax.figure.add_subplot(ax.get_subplotspec(), frame_on=False, zorder=-1)
-    other.xaxis.tick_top(); other.yaxis.tick_right()
-    other.xaxis.set_label_position("top"); other.yaxis.set_label_position("right")
-    for axis in ("x", "y"): other.tick_params(axis=axis, colors="0.6", labelsize=7)
-    ax.patch.set_visible(False)
-    return other
+def _legend(vfm, t):
+    if vfm == "none": return "no VF loss"
+    if vfm == "dinov2": return "VF loss, EfficientNet-Lite0" if _is_small(t) else "VF loss, DINOv2"
+    return f"VF loss, {vfm}"
 
-def _points(ax, x, rows, column, **kw): # With bars where there are several seeds
-    ax.errorbar(x, [f.mean(column) for f in rows], [f.spread(column) or 0 for f in rows], **dict(marker="o", capsize=3) | kw)
-
-def _needs(t, rows): # Or say what to run
-    if not rows: raise DataError(f"no results of {t.name} at scale {t.scale}: run python -m vavae_nb.ablations {t.name} --scale {t.scale}")
-    return rows
+def _axis_label(column):
+    network = column.removeprefix("FD ")
+    return f"FD over {as_label(networks.get(network, network))}"
 
 def judges(
     t:FilledTable, # As loaded
 )->list[str]:      # Columns
-    "The Fréchet distances that every row has which is there, those over networks that took no part in the alignment first"
-    return sorted((c for c in t.columns if c.startswith("FD ") and all(f.mean(c) is not None for f in t.rows if f.values)), key=lambda c: c == "FD efficientnet_lite0")
+    "Fréchet distances that every measured row has; those over networks that took no part in the alignment come first"
+    measured = [f for f in t.rows if f.values]
+    columns = [c for c in t.columns if c.startswith("FD ") and all(f.mean(c) is not None for f in measured)]
+    return sorted(columns, key=lambda c: c == "FD efficientnet_lite0")
+
+def _measured(t):
+    "A table's rows that have values; without any, what to run"
+    rows = [f for f in t.rows if f.values]
+    command = f"python -m vavae_nb.ablations {t.name} --scale {t.scale}"
+    if not rows: raise DataError(f"no results of {t.name} at scale {t.scale}: run {command}")
+    return rows
+
+# %% ../../nbs/46_paper.figures.ipynb #b2f4713d
+def _panels(n, width, height, **kw):
+    "A figure of n axes side by side"
+    fig, axs = plt.subplots(1, n, figsize=(width*n, height), dpi=80, squeeze=False, **kw)
+    return fig, axs[0]
+
+def _behind(ax):
+    "Axes of the paper's points: grey, at the top and on the right"
+    paper = ax.figure.add_subplot(ax.get_subplotspec(), frame_on=False, zorder=-1)
+    paper.xaxis.tick_top()
+    paper.yaxis.tick_right()
+    paper.xaxis.set_label_position("top")
+    paper.yaxis.set_label_position("right")
+    for axis in ("x", "y"): paper.tick_params(axis=axis, colors="0.6", labelsize=7)
+    ax.patch.set_visible(False)
+    return paper
+
+_grey = dict(color="0.6", fontsize=8) # Labels of these axes
+def _fill_of(vfm, grey): return "w" if vfm == "none" else grey # The paper's points are open where there is no VF loss
+
+def _log2_ticks(ax, paper, ticks):
+    "Powers of two on both, with our ticks and none behind"
+    for axes in (ax, paper):
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+    ax.set_xticks(ticks, ticks)
+    paper.set_xticks([])
+
+def _points(ax, x, rows, column, **style):
+    "Means over seeds, with bars where there are several"
+    spreads = [f.spread(column) or 0 for f in rows]
+    ax.errorbar(x, [f.mean(column) for f in rows], spreads, marker="o", capsize=3, **style)
 
 # %% ../../nbs/46_paper.figures.ipynb #de97943d
 def picture(
@@ -77,18 +112,20 @@ def plot_dilemma(
     t:FilledTable, # `fig1`
 )->Figure:
     "Figure 1: reconstruction and generation against the latent's channels, without VF loss"
-    rows = _needs(t, [f for f in t.rows if f.values])
-    columns = ["LPIPS", *judges(t)]
-    fig, axs = plt.subplots(1, len(columns), figsize=(3.4*len(columns), 3), dpi=80, squeeze=False)
-    for ax,c in zip(axs[0], columns):
-        d, theirs = [_dim(f, t) for f in rows], "rFID" if c == "LPIPS" else "gFID"
-        grey = _behind(ax)
-        grey.plot(d, [f.row.expect[theirs] for f in rows], "s--", c="0.75"); grey.set_ylabel(f"paper: {theirs}, d×{2 if scales[t.scale].prefix == 'cifar10' else 1}", color="0.6", fontsize=8); grey.set_xticks([])
-        _points(ax, d, rows, c, c="tab:red")
-        for f,x in zip(rows, d): ax.plot([x]*len(f.values[c]), f.values[c], ".", c="tab:red", alpha=.4)
-        ax.set(xlabel="latent channels d", ylabel="LPIPS, lower is better" if c == "LPIPS" else _over(c)); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2)
-        ax.set_xticks(d, d); ax.minorticks_off(); grey.minorticks_off(); grey.set_xticks([])
-        ax.set_title("reconstruction" if c == "LPIPS" else "generation"+", the teacher as judge"*(c == "FD efficientnet_lite0"), fontsize=9)
+    rows, columns = _measured(t), ["LPIPS", *judges(t)]
+    dims = [_dim(f) for f in rows]
+    fig, axs = _panels(len(columns), 3.4, 3)
+    for ax,column in zip(axs, columns):
+        reconstruction = column == "LPIPS"
+        reported, paper = "rFID" if reconstruction else "gFID", _behind(ax)
+        paper.plot(dims, [f.row.expect[reported] for f in rows], "s--", c="0.75")
+        paper.set_ylabel(f"paper: {reported}, d×{2 if _is_small(t) else 1}", **_grey)
+        _points(ax, dims, rows, column, c="tab:red")
+        for f,d in zip(rows, dims): ax.plot([d]*len(f.values[column]), f.values[column], ".", c="tab:red", alpha=.4)
+        ax.set(xlabel="latent channels d", ylabel="LPIPS, lower is better" if reconstruction else _axis_label(column))
+        _log2_ticks(ax, paper, dims)
+        title = "reconstruction" if reconstruction else "generation"
+        ax.set_title(title+", the teacher as judge"*(column == "FD efficientnet_lite0"), fontsize=9)
     fig.tight_layout()
     return fig
 
@@ -97,88 +134,118 @@ def plot_frontier(
     t:FilledTable, # `fig2`
 )->Figure:
     "Figure 2: reconstruction against generation, with and without VF loss; arrows join the same number of channels"
-    columns, small = judges(t), scales[t.scale].prefix == "cifar10"
-    _needs(t, [f for f in t.rows if f.values])
-    fig, axs = plt.subplots(1, len(columns), figsize=(4.4*len(columns), 3.4), dpi=80, squeeze=False)
-    for ax,c in zip(axs[0], columns):
-        grey = _behind(ax)
-        for vfm in dict.fromkeys(_vfm(f.row) for f in t.rows):
-            rows = [f for f in t.rows if _vfm(f.row) == vfm]
-            grey.plot([f.row.expect["PSNR"] for f in rows], [f.row.expect["gFID"] for f in rows], "s:", c="0.8", ms=3 if vfm == "none" else 5, mfc="w" if vfm == "none" else "0.8")
-            mine = [f for f in rows if f.mean(c) is not None]
-            if not mine: continue
-            ax.errorbar([f.mean("PSNR") for f in mine], [f.mean(c) for f in mine], [f.spread(c) or 0 for f in mine], [f.spread("PSNR") or 0 for f in mine], marker="o", capsize=2, c=_colours[vfm], label=_legend(vfm, small))
-            for f in mine: ax.annotate(f"d={_dim(f, t)}", (f.mean("PSNR"), f.mean(c)), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        for f in t.rows:
-            base = next((b for b in t.rows if b.row.name == f.row.against), None)
-            if base and f.mean(c) is not None and base.mean(c) is not None: ax.annotate("", (f.mean("PSNR"), f.mean(c)), (base.mean("PSNR"), base.mean(c)), arrowprops=dict(arrowstyle="->", color="0.4", lw=.8))
-        grey.set_xlabel("paper: PSNR", color="0.6", fontsize=8); grey.set_ylabel("paper: gFID (open: no VF loss)", color="0.6", fontsize=8)
-        ax.set(xlabel="PSNR of reconstructions, dB", ylabel=_over(c)); ax.legend(fontsize=7, loc="best")
+    _measured(t)
+    columns = judges(t)
+    fig, axs = _panels(len(columns), 4.4, 3.4)
+    for ax,column in zip(axs, columns):
+        paper = _behind(ax)
+        for vfm in dict.fromkeys(map(_vfm, t.rows)):
+            rows = [f for f in t.rows if _vfm(f) == vfm]
+            _plot_reported(paper, rows, vfm)
+            measured = [f for f in rows if f.mean(column) is not None]
+            if measured: _plot_frontier_of(ax, measured, column, c=_colours[vfm], label=_legend(vfm, t))
+        _join_compared_rows(ax, t, column)
+        paper.set_xlabel("paper: PSNR", **_grey)
+        paper.set_ylabel("paper: gFID (open: no VF loss)", **_grey)
+        ax.set(xlabel="PSNR of reconstructions, dB", ylabel=_axis_label(column))
+        ax.legend(fontsize=7, loc="best")
     fig.tight_layout()
     return fig
 
+def _plot_reported(paper, rows, vfm):
+    psnr, gfid = [f.row.expect["PSNR"] for f in rows], [f.row.expect["gFID"] for f in rows]
+    paper.plot(psnr, gfid, "s:", c="0.8", ms=3 if vfm == "none" else 5, mfc=_fill_of(vfm, "0.8"))
+
+def _plot_frontier_of(ax, rows, column, **style):
+    "Rows with one foundation model, with bars in both directions and their channels"
+    psnr = [f.mean("PSNR") for f in rows]
+    _points(ax, psnr, rows, column, xerr=[f.spread("PSNR") or 0 for f in rows], **style)
+    for f,x in zip(rows, psnr):
+        ax.annotate(f"d={_dim(f)}", (x, f.mean(column)), xytext=(4, 4), textcoords="offset points", fontsize=8)
+
+def _join_compared_rows(ax, t, column):
+    by_name = {f.row.name: f for f in t.rows if f.mean(column) is not None}
+    for f in by_name.values():
+        if base := by_name.get(f.row.against):
+            head, tail = (f.mean("PSNR"), f.mean(column)), (base.mean("PSNR"), base.mean(column))
+            ax.annotate("", head, tail, arrowprops=dict(arrowstyle="->", color="0.4", lw=.8))
+
 # %% ../../nbs/46_paper.figures.ipynb #88b2aafb
-def _trained(f, t): # Steps of LightningDiT
-    from vavae_nb.paper.tables import configuration
-    return configuration(f.row, t.scale).dit_training.steps
+def _steps(f, t): return configuration(f.row, t.scale).dit_training.steps # Of LightningDiT
 
 def plot_convergence(
     t:FilledTable, # `fig4a` or `fig4b`
 )->Figure:
-    "Figures 4a and 4b: generation against LightningDiT's steps, each point a training of its own length; at the end of the paper's curves its Table 2"
-    columns, small = judges(t), scales[t.scale].prefix == "cifar10"
-    _needs(t, [f for f in t.rows if f.values])
-    fig, axs = plt.subplots(1, len(columns), figsize=(4*len(columns), 3.2), dpi=80, squeeze=False)
-    for ax,c in zip(axs[0], columns):
-        grey = _behind(ax)
+    "Figures 4a and 4b: generation against LightningDiT's steps; each point is a training of its own length"
+    measured, columns = _measured(t), judges(t)
+    fig, axs = _panels(len(columns), 4, 3.2)
+    for ax,column in zip(axs, columns):
+        paper = _behind(ax)
         for vfm in ("none", "dinov2"):
-            rows = sorted((f for f in t.rows if _vfm(f.row) == vfm and f.mean(c) is not None), key=lambda f: _trained(f, t))
-            _points(ax, [_trained(f, t) for f in rows], rows, c, c=_colours[vfm], label=_legend(vfm, small))
-            for f in rows:
-                if "gFID" in f.row.expect: grey.plot([_trained(f, t)], [f.row.expect["gFID"]], "s", c="0.75", mfc="w" if vfm == "none" else "0.75")
-        ax.set(xlabel="steps of LightningDiT", ylabel=_over(c)); ax.set_xscale("log", base=2); grey.set_xscale("log", base=2); grey.set_xlim(ax.get_xlim())
-        x = sorted({_trained(f, t) for f in t.rows if f.values})
-        ax.set_xticks(x, x); ax.minorticks_off(); grey.set_xticks([]); grey.minorticks_off()
-        grey.set_ylabel("paper: gFID at 160 epochs (open: no VF loss)", color="0.6", fontsize=8); ax.legend(fontsize=7)
+            rows = [f for f in t.rows if _vfm(f) == vfm and f.mean(column) is not None]
+            rows.sort(key=lambda f: _steps(f, t))
+            _points(ax, [_steps(f, t) for f in rows], rows, column, c=_colours[vfm], label=_legend(vfm, t))
+            for f in rows: # Of the paper's curves only the ends are known, from its Table 2
+                if gfid := f.row.expect.get("gFID"):
+                    paper.plot([_steps(f, t)], [gfid], "s", c="0.75", mfc=_fill_of(vfm, "0.75"))
+        ax.set(xlabel="steps of LightningDiT", ylabel=_axis_label(column))
+        _log2_ticks(ax, paper, sorted({_steps(f, t) for f in measured}))
+        paper.set_xlim(ax.get_xlim())
+        paper.set_ylabel("paper: gFID at 160 epochs (open: no VF loss)", **_grey)
+        ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
+
+# %% ../../nbs/46_paper.figures.ipynb #47a9ac6a
+_reported_parameters = [130e6, 458e6, 675e6] # Of LightningDiT-B, -L and -XL, in the paper's text
 
 def plot_sizes(
     t:FilledTable, # `fig4c`
 )->Figure:
     "Figure 4c: generation against LightningDiT's parameters, with and without VF loss"
-    from vavae_nb.paper.tables import configuration
-    from vavae_nb.training.costs import plan
-    columns, small = judges(t), scales[t.scale].prefix == "cifar10"
-    _needs(t, [f for f in t.rows if f.values])
-    fig, axs = plt.subplots(1, len(columns), figsize=(4*len(columns), 3.2), dpi=80, squeeze=False)
-    size = lambda f: plan(configuration(f.row, t.scale, data="embedded" if small else ""))["dit"]["parameters"]
-    for ax,c in zip(axs[0], columns):
-        grey = _behind(ax)
+    _measured(t)
+    columns = judges(t)
+    fig, axs = _panels(len(columns), 4, 3.2)
+    for ax,column in zip(axs, columns):
+        paper = _behind(ax)
         for vfm in ("none", "dinov2"):
-            rows, theirs = [f for f in t.rows if _vfm(f.row) == vfm and f.mean(c) is not None], [f for f in t.rows if _vfm(f.row) == vfm and "gFID" in f.row.expect]
-            _points(ax, [size(f) for f in rows], rows, c, c=_colours[vfm], label=_legend(vfm, small))
-            grey.plot([130e6, 458e6, 675e6][:len(theirs)], [f.row.expect["gFID"] for f in theirs], "s:", c="0.8", mfc="w" if vfm == "none" else "0.8")
-        ax.set(xlabel="parameters of LightningDiT", ylabel=_over(c), xscale="log"); grey.set_xscale("log")
-        grey.set_xlabel("paper: parameters", color="0.6", fontsize=8); grey.set_ylabel("paper: gFID (open: no VF loss)", color="0.6", fontsize=8); ax.legend(fontsize=7)
+            rows = [f for f in t.rows if _vfm(f) == vfm]
+            measured = [f for f in rows if f.mean(column) is not None]
+            parameters = [_parameters(f, t) for f in measured]
+            _points(ax, parameters, measured, column, c=_colours[vfm], label=_legend(vfm, t))
+            gfid = [f.row.expect["gFID"] for f in rows if "gFID" in f.row.expect]
+            paper.plot(_reported_parameters[:len(gfid)], gfid, "s:", c="0.8", mfc=_fill_of(vfm, "0.8"))
+        ax.set(xlabel="parameters of LightningDiT", ylabel=_axis_label(column), xscale="log")
+        paper.set_xscale("log")
+        paper.set_xlabel("paper: parameters", **_grey)
+        paper.set_ylabel("paper: gFID (open: no VF loss)", **_grey)
+        ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
+
+def _parameters(f, t):
+    "Of LightningDiT, as it is built"
+    cfg = configuration(f.row, t.scale, data="embedded" if _is_small(t) else "")
+    return plan(cfg)["dit"]["parameters"]
 
 # %% ../../nbs/46_paper.figures.ipynb #b718a5a9
 def plot_steps(
     t:FilledTable, # `table1`
 )->Figure:
     "Table 1: the Fréchet distance after each change of the model"
-    columns, rows = judges(t), _needs(t, [f for f in t.rows if f.values])
-    fig, axs = plt.subplots(1, len(columns), figsize=(4.4*len(columns), 3.4), dpi=80, squeeze=False, sharey=True)
-    names = [f.name.removeprefix("table1-") for f in t.rows]
-    for ax,c in zip(axs[0], columns):
-        grey = _behind(ax)
-        grey.plot([f.row.expect["gFID"] for f in t.rows], range(len(t.rows)), "s:", c="0.75"); grey.set_xlabel("paper: FID-50k of DiT-XL/2", color="0.6", fontsize=8)
-        at = [i for i,f in enumerate(t.rows) if f.values]
-        ax.errorbar([f.mean(c) for f in rows], at, xerr=[f.spread(c) or 0 for f in rows], fmt="o-", capsize=3, c="tab:blue")
-        for a in (ax, grey): a.set_ylim(len(t.rows)-.5, -.5)
-        ax.set_yticks(range(len(names)), names, fontsize=8); grey.set_yticks([]); ax.set_xlabel(_over(c))
+    measured, columns = _measured(t), judges(t)
+    names, places = [f.name.removeprefix("table1-") for f in t.rows], range(len(t.rows))
+    fig, axs = _panels(len(columns), 4.4, 3.4, sharey=True)
+    for ax,column in zip(axs, columns):
+        paper = _behind(ax)
+        paper.plot([f.row.expect["gFID"] for f in t.rows], places, "s:", c="0.75")
+        paper.set_xlabel("paper: FID-50k of DiT-XL/2", **_grey)
+        means, spreads = [f.mean(column) for f in measured], [f.spread(column) or 0 for f in measured]
+        ax.errorbar(means, [t.rows.index(f) for f in measured], xerr=spreads, fmt="o-", capsize=3, c="tab:blue")
+        for axes in (ax, paper): axes.set_ylim(len(t.rows)-.5, -.5)
+        ax.set_yticks(places, names, fontsize=8)
+        paper.set_yticks([])
+        ax.set_xlabel(_axis_label(column))
     fig.tight_layout()
     return fig
 
@@ -187,84 +254,146 @@ def every_tokenizer(
     scale:str,        # One of `scales`
     results:str|Path="results", # The folder of all results
 )->dict[str,dict]:    # Row's name and seed → its figures
-    "What was measured of every tokenizer of Table 2, Table 5 and the controls, each with a LightningDiT of one size and length"
+    "What was measured of the tokenizers of Tables 2 and 5 and the controls, under LightningDiTs of one size and length"
     out = {}
     for name in ("table2", "table5", "controls"):
-        t = load_table(name, scale, results)
-        for f in (f for f in t.rows if f.row in chosen_rows(name, scale)):
-            for i,seed in enumerate(f.seeds): out[f"{f.name}-{seed}"] = dict(vfm=_vfm(f.row), control=f.row.suffix, dim=_dim(f, t)) | {k: v[i] for k,v in f.values.items()}
+        of_scale = chosen_rows(name, scale)
+        for f in load_table(name, scale, results).rows:
+            if f.row not in of_scale: continue
+            about = dict(vfm=_vfm(f), control=f.row.suffix, dim=_dim(f))
+            for i,seed in enumerate(f.seeds):
+                out[f"{f.name}-{seed}"] = about | {column: values[i] for column,values in f.values.items()}
     return out
+
+# %% ../../nbs/46_paper.figures.ipynb #22b29306
+_marks = {8: "o", 16: "s", 32: "^", 64: "D"} # Of a dimension
 
 def plot_predictors(
     every:dict[str,dict], # Of `every_tokenizer`
     judge:str,            # A column, such as `FD alexnet`
     predictors:Iterable[str]=("density CV", "5-NN CV", "Gini", "PSNR"), # Columns
 )->Figure:
-    "Generation against what could predict it, over all tokenizers, with Spearman's ρ over all of them and among those of each dimension"
-    predictors = list(predictors)
-    fig, axs = plt.subplots(1, len(predictors), figsize=(2.9*len(predictors), 3), dpi=80, sharey=True, squeeze=False)
-    marks, y = {8: "o", 16: "s", 32: "^", 64: "D"}, [e[judge] for e in every.values()]
-    for ax,k in zip(axs[0], predictors):
-        for e in every.values(): ax.plot(e[k], e[judge], marks.get(e["dim"], "x"), c="0.5" if e["control"] else _colours[e["vfm"]], mfc="none" if e["control"] else None, ms=5)
-        of = {d: [e for e in every.values() if e["dim"] == d] for d in sorted({e["dim"] for e in every.values()})}
-        rho = lambda es: spearmanr([e[k] for e in es], [e[judge] for e in es]).statistic if len({e[k] for e in es}) > 1 else np.nan
-        ax.set_title(f"ρ = {rho(list(every.values())):+.2f} (n = {len(y)})\n"+", ".join(f"d={d} {rho(es):+.2f}" for d,es in of.items() if len(es) > 3), fontsize=8); ax.set_xlabel(as_label(k))
-    axs[0, 0].set_ylabel(_over(judge))
-    proxy = lambda label, mark, c, **kw: Line2D([], [], ls="", marker=mark, c=c, ms=5, label=label, **kw)
-    kinds = [proxy(k, "o", _colours[v]) for k,v in (("no VF loss", "none"), ("VF loss", "dinov2")) if any(e["vfm"] == v for e in every.values())]+[proxy("controls", "o", "0.5", mfc="none")]
-    fig.legend(handles=[*kinds, *(proxy(f"d = {d}", marks.get(d, "x"), "k") for d in sorted({e["dim"] for e in every.values()}))], ncols=6, loc="upper center", fontsize=8, frameon=False)
+    "Generation against what could predict it, with Spearman's ρ over all tokenizers and among those of each dimension"
+    tokenizers, predictors = list(every.values()), list(predictors)
+    fig, axs = _panels(len(predictors), 2.9, 3, sharey=True)
+    for ax,column in zip(axs, predictors):
+        for e in tokenizers: ax.plot(e[column], e[judge], _marks.get(e["dim"], "x"), ms=5, **_tokenizer_style(e))
+        ax.set_title(_correlations(tokenizers, column, judge), fontsize=8)
+        ax.set_xlabel(as_label(column))
+    axs[0].set_ylabel(_axis_label(judge))
+    fig.legend(handles=_tokenizer_legend(tokenizers), ncols=6, loc="upper center", fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, .92))
     return fig
+
+def _tokenizer_style(e): return dict(c="0.5", mfc="none") if e["control"] else dict(c=_colours[e["vfm"]])
+
+def _correlations(tokenizers, column, judge):
+    "Over all, and below it among those of each dimension of which there are more than three"
+    def rho(some):
+        x, y = [e[column] for e in some], [e[judge] for e in some]
+        return spearmanr(x, y).statistic if len(set(x)) > 1 else np.nan
+    by_dim = {}
+    for e in sorted(tokenizers, key=lambda e: e["dim"]): by_dim.setdefault(e["dim"], []).append(e)
+    within = [f"d={dim} {rho(some):+.2f}" for dim,some in by_dim.items() if len(some) > 3]
+    return f"ρ = {rho(tokenizers):+.2f} (n = {len(tokenizers)})\n"+", ".join(within)
+
+def _tokenizer_legend(tokenizers):
+    def entry(label, mark, **style): return Line2D([], [], ls="", marker=mark, ms=5, label=label, **style)
+    kinds = {"none": "no VF loss", "dinov2": "VF loss"}
+    shown = {e["vfm"] for e in tokenizers}
+    out = [entry(label, "o", c=_colours[vfm]) for vfm,label in kinds.items() if vfm in shown]
+    out.append(entry("controls", "o", c="0.5", mfc="none"))
+    return out+[entry(f"d = {d}", _marks.get(d, "x"), c="k") for d in sorted({e["dim"] for e in tokenizers})]
 
 # %% ../../nbs/46_paper.figures.ipynb #f06a5407
 def architecture_shapes(
     cfg:Config, # A recipe
 )->dict[str,str]: # Part → its shape and size in words
     "The shapes in a configuration's networks, as its layers give them"
-    n_classes = data_counts(cfg)[1]
-    with torch.device("meta"): tok, dit = build_tokenizer(cfg), build_dit(cfg, n_classes)
-    x, seen = torch.empty(1, 3, cfg.data.size, cfg.data.size, device="meta"), {}
-    def note(name): return lambda module, args, out: seen.update({name: tuple(out.shape[1:])})
-    hooks = [m.register_forward_hook(note(k)) for k,m in (("encoder", tok.encoder), ("decoder", tok.decoder), ("tokens", dit.x_embedder), ("block", dit.blocks[0]))]
-    rec, posterior, z = tok(x, torch.empty(1, tok.latent_dim, *(s//tok.downsampling for s in x.shape[2:]), device="meta"))
+    with torch.device("meta"): tok, dit = build_tokenizer(cfg), build_dit(cfg, data_counts(cfg)[1])
+    seen = {}
+    def note(name): return lambda module, args, out: seen.update({name: _by(out.shape[1:])})
+    watched = dict(encoder=tok.encoder, decoder=tok.decoder, tokens=dit.x_embedder, block=dit.blocks[0])
+    for name,module in watched.items(): module.register_forward_hook(note(name))
+    x, side = torch.empty(1, 3, cfg.data.size, cfg.data.size, device="meta"), cfg.data.size//tok.downsampling
+    rec, posterior, z = tok(x, torch.empty(1, tok.latent_dim, side, side, device="meta"))
     v = dit(z, torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
-    for h in hooks: h.remove()
-    say, m = (lambda s: " × ".join(map(str, s))), lambda net: f"{sum(p.numel() for p in net.parameters())/1e6:.1f} M"
-    out = {"image": say(x.shape[1:]), "encoder": f"{m(tok.encoder)}\n→ {say(seen['encoder'])}", "posterior": f"z: {say(z.shape[1:])}", "decoder": f"{m(tok.decoder)}\n→ {say(rec.shape[1:])}",
-           "tokens": say(seen["tokens"]), "blocks": f"{len(dit.blocks)} × ({say(seen['block'])})\n{m(dit)}", "velocity": say(v.shape[1:])}
-    if cfg.foundation.name != "none":
-        c = foundation_cost(cfg.foundation.name, z.shape[-1])
-        out |= {"foundation": f"{cfg.foundation.name}\n{c['parameters']/1e6:.1f} M, F: {c['channels']} × {z.shape[-2]} × {z.shape[-1]}", "projection": f"W: {tok.latent_dim} → {c['channels']}"}
-    return out
+    out = {"image": _by(x.shape[1:]), "encoder": f"{_millions(tok.encoder)}\n→ {seen['encoder']}",
+           "posterior": f"z: {_by(z.shape[1:])}", "decoder": f"{_millions(tok.decoder)}\n→ {_by(rec.shape[1:])}",
+           "tokens": seen["tokens"], "blocks": f"{len(dit.blocks)} × ({seen['block']})\n{_millions(dit)}",
+           "velocity": _by(v.shape[1:])}
+    if cfg.foundation.name == "none": return out
+    cost = foundation_cost(cfg.foundation.name, side)
+    features = _by((cost["channels"], side, side))
+    return out | {"foundation": f"{cfg.foundation.name}\n{cost['parameters']/1e6:.1f} M, F: {features}",
+                  "projection": f"W: {tok.latent_dim} → {cost['channels']}"}
+
+def _by(shape): return " × ".join(map(str, shape))
+def _millions(net): return f"{sum(p.numel() for p in net.parameters())/1e6:.1f} M"
+
+# %% ../../nbs/46_paper.figures.ipynb #966ba9a6
+_boxes = { # Part → column, level, and what it is called
+    "foundation": (1, "vfm", "VFM, frozen"), "projection": (2, "vfm", "projection"),
+    "image": (0, "tokenizer", "image x"), "encoder": (1, "tokenizer", "encoder"),
+    "posterior": (2, "tokenizer", "posterior, sampled"), "decoder": (3, "tokenizer", "decoder"),
+    "tokens": (1, "dit", "patches"), "blocks": (2, "dit", "LightningDiT"), "velocity": (3, "dit", "velocity")}
+_levels = dict(vfm=(2.8, "#dde8f5"), tokenizer=(1.4, "#f2f2f2"), dit=(0, "#e8f3e4")) # Height and colour
+_box_width, _box_height, _column_width = 1.75, .8, 2.15
+
+def _place(part, right, up):
+    "A point of a part's box, or beside it: (0, 0) is its lower left corner, (1, 1) its upper right one"
+    column, level, _ = _boxes[part]
+    return column*_column_width+right*_box_width, _levels[level][0]+up*_box_height
 
 def draw_architecture(
     cfg:Config, # A recipe
 )->Figure:
     "Figure 3: tokenizer with its alignment above, LightningDiT on its latents below"
-    s = architecture_shapes(cfg)
+    shapes = architecture_shapes(cfg)
     fig, ax = plt.subplots(figsize=(9.5, 4), dpi=80)
     fig.subplots_adjust(0, 0, 1, .93)
-    w, h, column, row = 1.75, .8, (0, 2.15, 4.3, 6.45), dict(vfm=2.8, tokenizer=1.4, dit=0)
-    at = {"image": (0, "tokenizer", "image x"), "encoder": (1, "tokenizer", "encoder"), "posterior": (2, "tokenizer", "posterior, sampled"), "decoder": (3, "tokenizer", "decoder"), "foundation": (1, "vfm", "VFM, frozen"),
-          "projection": (2, "vfm", "projection"), "tokens": (1, "dit", "patches"), "blocks": (2, "dit", "LightningDiT"), "velocity": (3, "dit", "velocity")}
-    fill = dict(vfm="#dde8f5", tokenizer="#f2f2f2", dit="#e8f3e4")
-    side = lambda k, dx, dy: (column[at[k][0]]+w*dx, row[at[k][1]]+h*dy) # A point of a box
-    for k,(i,level,label) in at.items():
-        if k not in s: continue
-        ax.add_patch(FancyBboxPatch((column[i], row[level]), w, h, boxstyle="round,pad=.02", fc=fill[level], ec="0.4"))
-        lines = f"{label}\n{s[k]}".split("\n")
-        ax.text(*side(k, .5, .5), "\n".join(as_label(l) for l in lines), ha="center", va="center", fontsize=7.5)
-    def arrow(a, b, **kw): ax.add_patch(FancyArrowPatch(a, b, **dict(arrowstyle="->", mutation_scale=12, color="0.3") | kw))
-    def says(k, text): arrow(side(k, 1.02, .5), side(k, 1.2, .5)); ax.text(*side(k, 1.22, .5), text, fontsize=8, va="center")
-    for a,b in (("image", "encoder"), ("encoder", "posterior"), ("posterior", "decoder"), ("tokens", "blocks"), ("blocks", "velocity")): arrow(side(a, 1.02, .5), side(b, -.02, .5))
-    says("decoder", r"$L_1$ + LPIPS + GAN"); says("velocity", r"$\|v-\hat v\|^2$"+"\n"+r"$1-\cos(v, \hat v)$")
-    arrow(side("posterior", .3, -.05), side("tokens", .95, 1.05)); ax.text(*side("posterior", .25, -.4), r"normalised; $x_t = t\,x_1 + (1-t)\,x_0$", fontsize=8)
-    if "foundation" in s:
-        arrow(side("image", .5, 1.05), side("foundation", -.02, .5), connectionstyle="arc3,rad=-.2"); arrow(side("posterior", .5, 1.05), side("projection", .5, -.05))
-        says("projection", f"VF loss\n$m_1$ = {cfg.vf.cos_margin:g}, $m_2$ = {cfg.vf.distmat_margin:g}, $w$ = {cfg.vf.weight:g}")
-        arrow(side("foundation", .9, 1.05), side("projection", 1.2, .75), connectionstyle="arc3,rad=-.25")
-    ax.set(xlim=(-.1, 9.9), ylim=(-.1, 4.1)); ax.set_axis_off(); ax.set_title(as_label(cfg.recipe, 80), fontsize=10)
+    for part,shape in shapes.items(): _draw_box(ax, part, shape)
+    for a,b in (("image", "encoder"), ("encoder", "posterior"), ("posterior", "decoder"),
+                ("tokens", "blocks"), ("blocks", "velocity")): _draw_arrow(ax, _place(a, 1.02, .5), _place(b, -.02, .5))
+    _draw_loss(ax, "decoder", r"$L_1$ + LPIPS + GAN")
+    _draw_loss(ax, "velocity", r"$\|v-\hat v\|^2$"+"\n"+r"$1-\cos(v, \hat v)$")
+    _draw_arrow(ax, _place("posterior", .3, -.05), _place("tokens", .95, 1.05))
+    ax.text(*_place("posterior", .25, -.4), r"normalised; $x_t = t\,x_1 + (1-t)\,x_0$", fontsize=8)
+    if "foundation" in shapes: _draw_alignment(ax, cfg)
+    ax.set(xlim=(-.1, 9.9), ylim=(-.1, 4.1))
+    ax.set_axis_off()
+    ax.set_title(as_label(cfg.recipe, 80), fontsize=10)
     return fig
+
+def _draw_box(ax, part, shape):
+    _, level, label = _boxes[part]
+    box = FancyBboxPatch(_place(part, 0, 0), _box_width, _box_height, boxstyle="round,pad=.02",
+                         fc=_levels[level][1], ec="0.4")
+    ax.add_patch(box)
+    text = "\n".join(map(as_label, [label, *shape.split("\n")]))
+    ax.text(*_place(part, .5, .5), text, ha="center", va="center", fontsize=7.5)
+
+def _draw_arrow(ax, start, end, **style):
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="->", mutation_scale=12, color="0.3", **style))
+
+def _draw_loss(ax, part, text):
+    "What a part is trained with, on its right"
+    _draw_arrow(ax, _place(part, 1.02, .5), _place(part, 1.2, .5))
+    ax.text(*_place(part, 1.22, .5), text, fontsize=8, va="center")
+
+def _draw_alignment(ax, cfg):
+    _draw_arrow(ax, _place("image", .5, 1.05), _place("foundation", -.02, .5), connectionstyle="arc3,rad=-.2")
+    _draw_arrow(ax, _place("posterior", .5, 1.05), _place("projection", .5, -.05))
+    _draw_loss(ax, "projection", "\n".join(["VF loss", *_vf_settings(cfg)]))
+    _draw_arrow(ax, _place("foundation", .9, 1.05), _place("projection", 1.2, .75), connectionstyle="arc3,rad=-.25")
+
+def _vf_settings(cfg):
+    "Margins and weight, one value for each phase of the tokenizer's training"
+    vf, phases = cfg.vf, cfg.tokenizer_training.phases
+    values = {"m_1": [vf.cos_margin, *(p.cos_margin for p in phases)],
+              "m_2": [vf.distmat_margin, *(p.distmat_margin for p in phases)],
+              "w": [vf.weight, *(p.vf_weight for p in phases)]}
+    return [f"${symbol}$ = "+" → ".join(f"{value:g}" for value in of_phases) for symbol,of_phases in values.items()]
 
 # %% ../../nbs/46_paper.figures.ipynb #9a41fd9d
 def plot_samples(
@@ -272,19 +401,41 @@ def plot_samples(
     scale:str,           # One of `scales`
     results:str|Path="results", # The folder of all results
     seed:int=0,          # Of the runs
+    classes:Iterable[str]=(), # What the rows of the pictures are called
 )->Figure:
     "Figure 5: the first samples of each class without guidance, a class a row; not chosen"
-    rows = {r.name_at(scale): r for t in tables.values() for r in t.rows}
     names = list(names)
-    fig, axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 3.9), dpi=80, squeeze=False)
-    for ax,name in zip(axs[0], names):
-        path = result_path(results, rows[name], scale, seed).with_suffix(".webp")
-        if not path.exists(): raise DataError(f"{path} is not there: run python -m vavae_nb.ablations {rows[name].table} --scale {scale} --rows {name} --seeds {seed+1}")
-        ax.imshow(np.asarray(Image.open(path))); ax.set_axis_off()
-        ax.set_title(name+"\n"+", ".join(f"{_over(k)} {v:.0f}" for k,v in figures(read_result(path.with_suffix(".json"))).items() if k.startswith("FD ")), fontsize=8)
-    fig.tight_layout()
+    fig, axs = _panels(len(names), 3.7, 4.5, layout="constrained")
+    for ax,name in zip(axs, names):
+        row = _row_named(name, scale)
+        path = result_path(results, row, scale, seed)
+        samples = path.with_suffix(".webp")
+        if not samples.exists(): raise DataError(f"{samples} is not there: run {_command(row, name, scale, seed)}")
+        ax.imshow(np.asarray(Image.open(samples)))
+        distances = {k: v for k,v in figures(read_result(path)).items() if k.startswith("FD ")}
+        lines = [name, *(f"{_axis_label(column)} {value:.0f}" for column,value in distances.items())]
+        ax.set_title("\n".join(lines), fontsize=8)
+        ax.set(xticks=[], yticks=[])
+        for side in ax.spines.values(): side.set_visible(False)
+    _name_rows(axs[0], [as_label(c) for c in classes])
     return fig
 
+def _name_rows(ax, labels):
+    "Labels beside the rows of a picture that is all of them, one under the other"
+    if not labels: return
+    height = ax.images[0].get_array().shape[0]/len(labels)
+    ax.set_yticks([height*(i+.5) for i in range(len(labels))], labels, fontsize=8)
+    ax.tick_params(length=0)
+
+def _row_named(name, scale):
+    rows = {row.name_at(scale): row for row in chain.from_iterable(table.rows for table in tables.values())}
+    if name not in rows: raise ConfigError(unknown_name("row", name, rows))
+    return rows[name]
+
+def _command(row, name, scale, seed):
+    return f"python -m vavae_nb.ablations {row.table} --scale {scale} --rows {name} --seeds {seed+1}"
+
+# %% ../../nbs/46_paper.figures.ipynb #8008c439
 def plot_tsne(
     names:Iterable[str], # As for `plot_samples`
     scale:str,           # The same
@@ -292,40 +443,16 @@ def plot_tsne(
     seed:int=0,          # The same
 )->Figure:
     "t-SNE of latent vectors, coloured by density, with the coefficient of variation of the density"
-    rows = {r.name_at(scale): r for t in tables.values() for r in t.rows}
     names = list(names)
-    fig, axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 3), dpi=80, squeeze=False)
-    for ax,name in zip(axs[0], names):
-        result = read_result(path := result_path(results, rows[name], scale, seed))
-        if not result or not result.get("tsne"): raise DataError(f"{path} holds no points: run python -m vavae_nb.ablations {rows[name].table} --scale {scale} --rows {name} --seeds {seed+1}")
+    fig, axs = _panels(len(names), 3.6, 3)
+    for ax,name in zip(axs, names):
+        row = _row_named(name, scale)
+        path = result_path(results, row, scale, seed)
+        result = read_result(path)
+        if not result or not result.get("tsne"):
+            raise DataError(f"{path} holds no points: run {_command(row, name, scale, seed)}")
         points = torch.tensor(result["tsne"])
         plot_density(points, kde_at_points(points), ax)
         ax.set_title(f"{name}\ndensity CV {figures(result)['density CV']:.3f}", fontsize=8)
     fig.tight_layout()
     return fig
-
-# %% ../../nbs/46_paper.figures.ipynb #c5d4a792
-_table3 = """MaskGIT|2.28|555|227M|6.18|–|182.1|0.80|0.51|–|–|–|–|–
-LlamaGen|0.59|300|3.1B|9.38|8.24|112.9|0.69|0.67|2.18|5.97|263.3|0.81|0.58
-VAR|–|350|2.0B|–|–|–|–|–|1.80|–|365.4|0.83|0.57
-MagViT-v2|–|1080|307M|3.65|–|200.5|–|–|1.78|–|319.4|–|–
-MAR|0.53|800|945M|2.35|–|227.8|0.79|0.62|1.55|–|303.7|0.81|0.62
-MaskDiT|0.61|1600|675M|5.69|10.34|177.9|0.74|0.60|2.28|5.67|276.6|0.80|0.61
-DiT|0.61|1400|675M|9.62|6.85|121.5|0.67|0.67|2.27|4.60|278.2|0.83|0.57
-SiT|0.61|1400|675M|8.61|6.32|131.7|0.68|0.67|2.06|4.50|270.3|0.82|0.59
-FasterDiT|0.61|400|675M|7.91|5.45|131.3|0.67|0.69|2.03|4.63|264.0|0.81|0.60
-MDT|0.61|1300|675M|6.23|5.23|143.0|0.71|0.65|1.79|4.57|283.0|0.81|0.61
-MDTv2|0.61|1080|675M|–|–|–|–|–|1.58|4.52|314.7|0.79|0.65
-REPA|0.61|800|675M|5.90|–|–|–|–|1.42|4.70|305.7|0.80|0.65
-LightningDiT + VA-VAE|0.28|64|675M|5.14|4.22|130.2|0.76|0.62|2.11|4.16|252.3|0.81|0.58
-LightningDiT + VA-VAE|0.28|800|675M|2.17|4.36|205.6|0.77|0.65|1.35|4.15|295.3|0.79|0.65"""
-_metrics3 = ("gFID", "sFID", "IS", "precision", "recall")
-
-def table3()->list[dict]: # One a method; `None` where the paper has no figure
-    "Table 3 of the paper: systems at ImageNet 256×256, without and with guidance"
-    number = lambda s: None if s == "–" else float(s)
-    out = []
-    for line in _table3.splitlines():
-        method, rfid, epochs, params, *scores = line.split("|")
-        out.append(dict(method=method, rFID=number(rfid), epochs=int(epochs), parameters=params) | {k: number(v) for k,v in zip([*_metrics3, *(f"{k}, guided" for k in _metrics3)], scores)})
-    return out
