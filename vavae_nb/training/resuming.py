@@ -51,7 +51,7 @@ class Resume(Callback):
     "Put a state back as the fit begins; after `TrainEvalCallback`, which sets the step to 0"
     order = 4
     def __init__(self,
-        state:dict|None, # From `training_state`; emptied, since it is as large as all that it fills. `None`: a new start
+        state:dict|None, # From `training_state`; emptied, as it is as large as all that it fills. `None`: a new start
     ): self.state = state
     def before_fit(self):
         state = self.state
