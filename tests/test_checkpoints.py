@@ -23,6 +23,7 @@ def forking(script, *args):
 KILLS = """
 import json, os, random, signal, sys, time, torch
 from vavae_nb.base.checkpoints import Checkpoints
+torch.set_num_threads(1) # The threads of OpenMP do not survive a fork, and a child would wait for them
 folder, kills = sys.argv[1], int(sys.argv[2])
 c, seen, rng = Checkpoints(folder), [], random.Random()
 for _ in range(kills):
