@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Loaders', 'MaxSteps', 'fit_steps', 'log_terms', 'cut_batch', 'StepLearner', 'lr_factor', 'LRSchedule', 'ClipGrad',
-           'not_finite', 'first_bad_output', 'first_bad_of_part', 'first_bad', 'FiniteGuard', 'EMA', 'DataParallel']
+           'not_finite', 'first_bad_output', 'first_bad_input', 'first_bad_result', 'first_bad', 'FiniteGuard', 'EMA',
+           'DataParallel']
 
 # %% ../../nbs/36_training.callbacks.ipynb #f19acf34
 import math, warnings
 from contextlib import contextmanager, nullcontext
 import torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
@@ -19,15 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.errors import VavaeError
 from ..base.processes import max_over, rows_of, sum_over, world_size
 from ..base.tensors import autocast, set_tf32
+from ..data.batches import Batches
 
 # %% ../../nbs/36_training.callbacks.ipynb #97a7e817
 class Loaders(DataLoaders):
     "Training and validation batches for a `Learner`"
     device = None # fastai's property would ask the loaders
     def __init__(self,
-        train,                           # Batches to train on: iterable, with a length
-        valid=(),                        # Batches to validate on after each epoch, or none
-        device:str|torch.device="cpu",   # Where model and batches go
+        train:Batches,                 # To train on
+        valid:Batches|tuple=(),        # To validate on after each epoch, or none
+        device:str|torch.device="cpu", # Where model and batches go
     ):
         super().__init__(train, valid)
         self.device = torch.device(device)
@@ -49,9 +52,14 @@ def fit_steps(
     learn:Learner, # With `MaxSteps` among its callbacks
     steps:int,     # Batches in all, those of an earlier part of the run included
 ):
-    "Fit quietly up to a number of steps"
+    "Fit quietly up to a number of steps, at most those of `MaxSteps`"
+    learn.remove_cb(ProgressCallback) # There if somebody imported all of fastai; it wants the next one
     learn.remove_cb(Recorder) # It keeps a tensor of every step: half a gigabyte of a GPU's memory after a million
-    with learn.no_logging(): learn.fit(steps//len(learn.dls.train)+2) # Whole epochs, and two that may be parts
+    all_steps = learn.max_steps.steps
+    learn.max_steps.steps = min(steps, all_steps)
+    try:
+        with learn.no_logging(): learn.fit(steps//len(learn.dls.train)+2) # Whole epochs, and two that may be parts
+    finally: learn.max_steps.steps = all_steps
 
 # %% ../../nbs/36_training.callbacks.ipynb #8207173c
 def log_terms(
@@ -60,10 +68,11 @@ def log_terms(
     **terms,         # Scalars or 0-d tensors
 ):
     "Add scalars to this step's terms"
-    parts = world_size() if same else 1
+    processes = world_size() if same else 1
+    logged = learn.__dict__.setdefault("terms", {}) # Not `learn.terms`, which would be looked for in the model
     for name,value in terms.items():
         value = value.detach() if isinstance(value, Tensor) else value
-        learn.__dict__.setdefault("terms", {})[name] = value/parts
+        logged[name] = value/processes
 
 def cut_batch(
     xb:tuple,          # The model's inputs
@@ -82,7 +91,7 @@ def cut_batch(
 
 # %% ../../nbs/36_training.callbacks.ipynb #ab5c3668
 class StepLearner(Learner):
-    "fastai's Learner, but for the step: the batch in parts, under autocast; training has no `after_pred`, `after_loss`"
+    "fastai's Learner, but for the step: the batch in parts, under autocast"
     def __init__(self,
         *args,                # As for fastai's: loaders, model, loss function
         accumulate:int=1,     # Parts that a batch is taken in, one after the other
@@ -93,7 +102,8 @@ class StepLearner(Learner):
         self.accumulate, self.precision = accumulate, precision
 
     def autocast(self): return autocast(self.dls.device, self.precision)
-    def of_whole_batch(self)->dict: return {} # Arguments of the loss of each part
+    def part_arguments(self)->dict: return {}  # Of the loss of any part, beside what the model returns and the targets
+    def batch_arguments(self)->dict: return {} # More of them, which cannot be told from one part
 
     def _do_fit(self):
         set_tf32(self.dls.device, self.precision)
@@ -109,12 +119,13 @@ class StepLearner(Learner):
     def _backward(self):
         "The forward and the backward pass of each part; gradients, loss and terms add up"
         self.loss, self.outputs, terms = 0., [], {}
-        whole = self.of_whole_batch()
-        for fraction,xb,yb in self.parts:
-            with self.no_sync() if len(self.outputs) < len(self.parts)-1 else nullcontext():
+        arguments = self.part_arguments() | self.batch_arguments()
+        for i,(fraction, xb, yb) in enumerate(self.parts):
+            last = i == len(self.parts)-1
+            with nullcontext() if last else self.no_sync():
                 with self.autocast():
                     output = self.model(*xb)
-                    loss = fraction*self.loss_func(output, *yb, **whole)
+                    loss = fraction*self.loss_of(output, yb, fraction, arguments)
                 loss.backward()
             self.loss = self.loss+loss.detach()
             self.outputs.append(output)
@@ -122,6 +133,7 @@ class StepLearner(Learner):
                 terms[name] = terms.get(name, 0.)+fraction*value
         log_terms(self, loss=self.loss, **terms)
 
+    def loss_of(self, output, yb, fraction, arguments): return self.loss_func(output, *yb, **arguments)
     def no_sync(self): # Processes sum their gradients once, with the last part
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
@@ -142,7 +154,7 @@ def lr_factor(
     return factor
 
 class LRSchedule(Callback):
-    "Set every optimizer's learning rate before each step"
+    "Set the learner's learning rate before each step; another optimizer may copy it, as the discriminator's does"
     def __init__(self,
         steps:int,               # Steps in all
         schedule:str="constant", # `constant` or `cosine`
@@ -172,7 +184,7 @@ def not_finite(o)->bool: return isinstance(o, Tensor) and o.is_floating_point() 
 def first_bad_output(
     model:nn.Module, # Whose modules are watched
     compute,         # A function that calls the model and returns the loss
-)->tuple[str|None,Tensor]: # The first module's name whose output is not finite, and that; or none, and the loss
+)->tuple[tuple[str,Tensor]|None,Tensor]: # What the first bad output is, and itself; or none. And the loss
     "Compute once more and watch every module"
     found = []
     def watch(name):
@@ -186,46 +198,55 @@ def first_bad_output(
     try: loss = compute()
     finally:
         for hook in hooks: hook.remove()
-    return found[0] if found else (None, loss)
+    return found[0] if found else None, loss
 
-def first_bad_of_part(
+def first_bad_input(
     learn:Learner, # In the middle of a step
-    xb:tuple,      # Inputs of a part of its batch
-    yb:tuple,      # Targets
-)->tuple[str|None,Tensor|None]: # What it is called, if there is one; and the tensor
-    "Where the first number that is not finite appears in a part of the batch, from the input to the gradients"
+)->tuple[int,str,Tensor]|None: # Number of the part, what it is called, and the tensor
+    "The first of what the model and the loss are given that is not finite"
+    for k,(_, xb, yb) in enumerate(learn.parts):
+        for kind,tensors in (("input {} of the model", xb), ("target {} of the loss", yb)):
+            for i,o in enumerate(tensors):
+                if not_finite(o): return k, kind.format(i), o
+
+def first_bad_result(
+    learn:Learner, # In the middle of a step
+    fraction:float, xb:tuple, yb:tuple, # A part of its batch
+)->tuple[str,Tensor|None]|None: # What it is called, and the tensor where there is one with rows
+    "The first number that is not finite when a part is computed: an output, the loss, a gradient"
     model = get_model(learn.model)
-    for kind,tensors in (("input {} of the model", xb), ("target {} of the loss", yb)):
-        for i,o in enumerate(tensors):
-            if not_finite(o): return kind.format(i), o
     def compute():
-        with learn.autocast(): return learn.loss_func(model(*xb), *yb, **learn.of_whole_batch())
-    name, loss = first_bad_output(model, compute)
-    if name is not None: return name, loss
+        with learn.autocast(): return learn.loss_of(model(*xb), yb, fraction, learn.part_arguments())
+    output, loss = first_bad_output(model, compute)
+    names, params = zip(*((k, p) for k,p in model.named_parameters() if p.requires_grad))
+    gradients = torch.autograd.grad(loss, params, allow_unused=True)
+    if output is not None: return output
     if not_finite(loss):
         terms = {k: float(v) for k,v in getattr(learn.loss_func, "terms", {}).items()}
         return "the loss ("+", ".join(f"{k} is {v}" for k,v in terms.items() if not math.isfinite(v))+")", None
-    names, params = zip(*((k, p) for k,p in model.named_parameters() if p.requires_grad))
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
-    bad = [k for k,g in zip(names, grads) if not_finite(g)]
-    return (f"the gradient of {bad[-1]}", None) if bad else (None, None) # The last one is the first on the way back
+    bad = [k for k,g in zip(names, gradients) if not_finite(g)]
+    return (f"the gradient of {bad[-1]}", None) if bad else None # The last one is the first on the way back
 
 def first_bad(
-    learn:Learner, # In the middle of a step, its gradients not yet zeroed
+    learn:Learner, # In the middle of a step, its gradients not yet zeroed; in every process
 )->tuple[str,list[int]]: # A sentence, and the items of the data, as far as they can be told
     "Where the first number that is not finite appears when this step is computed again"
-    items, first = learn.dls.train.indices.tolist(), 0
+    items = learn.dls.train.indices.tolist()
     for name,p in get_model(learn.model).named_parameters():
         if not_finite(p): return f"the parameter {name}", items
-    for _,xb,yb in learn.parts:
-        part = items[first:first+len(yb[0])]
-        what, tensor = first_bad_of_part(learn, xb, yb)
-        if what is not None:
-            by_row = tensor is not None and tensor.ndim > 1 and len(tensor) == len(part)
-            rows = (~tensor.flatten(1).isfinite().all(1)).nonzero().flatten().tolist() if by_row else range(len(part))
-            return what, [part[r] for r in rows]
-        first += len(part)
-    return "something that is finite when the step is computed again", items
+    found = first_bad_input(learn)
+    if max_over(torch.tensor(float(found is not None), device=learn.dls.device)): # No process computes alone
+        if found is None: return "what another process was given", []
+    else: # All parts, since processes wait for each other in each of them
+        results = [first_bad_result(learn, *part) for part in learn.parts]
+        found = next(((k, *result) for k,result in enumerate(results) if result is not None), None)
+        if found is None: return "something that is finite when the step is computed again", items
+    k, what, tensor = found
+    sizes = [len(yb[0]) for _,_,yb in learn.parts]
+    part = items[sum(sizes[:k]):sum(sizes[:k+1])]
+    if tensor is None or tensor.ndim < 2 or len(tensor) != len(part): return what, part
+    bad_rows = (~tensor.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    return what, [part[r] for r in bad_rows]
 
 # %% ../../nbs/36_training.callbacks.ipynb #cad5bda9
 class FiniteGuard(Callback):
@@ -301,6 +322,7 @@ class DataParallel(Callback):
         if world_size() == 1: return
         inside = {id(p) for p in self.model.parameters()}
         self.beside_model = [p for p,*_ in self.opt.all_params() if id(p) not in inside]
+        for p in self.beside_model: dist.broadcast(p.data, 0) # As the model's are, below
         devices = [self.dls.device] if self.dls.device.type == "cuda" else None
         with warnings.catch_warnings():
             # Its successor is not in torch 2.6

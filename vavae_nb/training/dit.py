@@ -45,7 +45,7 @@ class FlowBatch(Callback):
         x0, t = flow.draw((n, *x1.shape[1:]), g, x1.device)
         xt, t, target = flow.prepare(x1, x0=x0[rows], t=t[rows])
         if self.training:
-            marks = torch.zeros(n, dtype=torch.long, device=y.device) # 1 where a label is dropped
+            marks = torch.zeros(n, dtype=torch.long, device=y.device) # For the global batch; y has this process's rows
             dropped = drop_labels(marks, self.label_dropout, 1, g)[rows].bool()
             y = y.masked_fill(dropped, get_model(self.model).null_class)
         self.learn.xb, self.learn.yb = (xt, t, y, flow.learnt_sigma), (target, t)

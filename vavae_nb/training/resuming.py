@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 from ..base.checkpoints import Checkpoints
-from ..base.errors import Stopped
+from ..base.errors import ConfigError, Stopped
 from ..base.processes import is_first, max_over, world_size
 from ..base.stopping import StopSignals
 from ..base.tensors import rng_state, set_rng_state
@@ -37,7 +37,15 @@ def load_optimizer_state(
             if isinstance(v, Tensor) and v.shape == p.shape: s[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
 # %% ../../nbs/87_training.resuming.ipynb #b1411338
-def _with_state(learn): return {type(c).__name__: c for c in learn.cbs if hasattr(type(c), "state_dict")}
+def _with_state(learn): # Callbacks that carry something from step to step
+    found = {}
+    for callback in learn.cbs:
+        if not hasattr(type(callback), "state_dict"): continue
+        name = type(callback).__name__
+        if name in found:
+            raise ConfigError(f"two callbacks are called {name}, and a checkpoint keeps one: give one another class name")
+        found[name] = callback
+    return found
 
 def training_state(
     learn:Learner, # Between two steps
@@ -87,7 +95,8 @@ class Checkpointing(Callback):
         if signum or due: self.save(measured=due)
         if signum: raise Stopped(signum)
     def signal(self)->int: # That any process has heard, so that all stop at the same step; or 0
-        signum = self.stop.signum or 0 if self.stop else 0
+        signum = 0
+        if self.stop and self.stop.signum: signum = self.stop.signum
         if world_size() == 1: return signum
         return int(max_over(torch.tensor(float(signum), device=self.dls.device)).item())
     @torch.no_grad()

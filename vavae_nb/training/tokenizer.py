@@ -60,6 +60,11 @@ class Discriminator(Callback):
     def state_dict(self): return optimizer_state(self.d_opt)
     def load_state_dict(self, state): load_optimizer_state(self.d_opt, state)
 
+    def before_batch(self): # BatchNorm's running statistics change in the generator's step, too
+        self.statistics = {name: buffer.clone() for name,buffer in self.disc.named_buffers()}
+    def after_cancel_batch(self): # A step that is left out must leave nothing
+        for name,buffer in self.disc.named_buffers(): buffer.copy_(self.statistics[name])
+
     def after_step(self):
         if self.train_iter < self.config.disc_start: return
         real = torch.cat([yb[0] for _,_,yb in self.parts])
@@ -69,7 +74,8 @@ class Discriminator(Callback):
         loss = fraction*hinge_d_loss(on_real, on_fake)
         self.d_opt.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([sum_over(p.grad) for p in self.disc.parameters()])
+        gradients = [sum_over(p.grad) for p in self.disc.parameters()] # In place: those of the global batch
+        norm = torch.nn.utils.get_total_norm(gradients)
         log_terms(self.learn, disc_loss=loss, disc_real=fraction*on_real.mean(), disc_fake=fraction*on_fake.mean())
         log_terms(self.learn, same=True, disc_grad_norm=norm)
         for group in self.d_opt.param_groups: group["lr"] = self.opt.hypers[0]["lr"]
@@ -93,21 +99,29 @@ class LiveFeatures(Callback):
 
 # %% ../../nbs/37_training.tokenizer.ipynb #c7a9d6ce
 class TokenizerLearner(StepLearner):
-    "A Learner for `TokenizerLoss`"
-    def of_whole_batch(self)->dict:
-        about = dict(step=self.train_iter, tokenizer=get_model(self.model))
-        if len(self.parts) == 1: return about | dict(fraction=self.parts[0][0])
-        return about | dict(scales=self.loss_func.scales(self.summed_gradients(**about)))
+    """A Learner for `TokenizerLoss`. A step: noise and features (`before_batch`), the adaptive weights of the batch,
+    forward and backward part by part, gradients summed over processes, clipping and the guard (`before_step`),
+    the optimizer, and then the discriminator's step (`after_step`)"""
+    def part_arguments(self)->dict: return dict(step=self.train_iter, tokenizer=get_model(self.model))
+    def loss_of(self, output, yb, fraction, arguments):
+        return self.loss_func(output, *yb, fraction=fraction, **arguments)
 
-    def summed_gradients(self, step:int, tokenizer:Autoencoder)->dict[str,Gradients]:
-        "Of all parts, each times its fraction, at the last weights"
+    def batch_arguments(self)->dict:
+        if len(self.parts) == 1: return {} # The loss takes the weights itself
         total = {}
-        for fraction,xb,(x, *features) in self.parts:
-            f = features[0] if features else None
-            with self.autocast(): losses = self.loss_func.losses(tokenizer(*xb), x, f, step)
-            for name,pair in self.loss_func.gradients(losses, tokenizer, step, fraction).items():
-                total[name] = Gradients(*map(torch.add, total[name], pair)) if name in total else pair
-        return total
+        if self.loss_func.adapts_at(self.train_iter): # Else nothing is a ratio of gradients in this step
+            for part in self.parts:
+                for name,pair in self.gradients_of(*part).items():
+                    before = total.get(name)
+                    total[name] = pair if before is None else Gradients(before.nll+pair.nll, before.other+pair.other)
+        return dict(scales=self.loss_func.scales(total))
+
+    def gradients_of(self, fraction:float, xb:tuple, yb:tuple)->dict[str,Gradients]:
+        "Of a part, at the last weights; its activations are gone when this returns"
+        step, tokenizer = self.train_iter, get_model(self.model)
+        x, features = yb if len(yb) == 2 else (*yb, None)
+        with self.autocast(): losses = self.loss_func.losses(tokenizer(*xb), x, features, step, fraction)
+        return self.loss_func.gradients(losses, tokenizer, step, fraction)
 
 # %% ../../nbs/37_training.tokenizer.ipynb #67086137
 def tokenizer_objective(
