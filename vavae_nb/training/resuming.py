@@ -43,7 +43,7 @@ def _with_state(learn): # Callbacks that carry something from step to step
         if not hasattr(type(callback), "state_dict"): continue
         name = type(callback).__name__
         if name in found:
-            raise ConfigError(f"two callbacks are called {name}, and a checkpoint keeps one: give one another class name")
+            raise ConfigError(f"two callbacks are called {name}, and a checkpoint keeps one: rename a class")
         found[name] = callback
     return found
 
