@@ -12,7 +12,7 @@ from vavae_nb.evaluate import actions
 from vavae_nb.metrics.evaluation import Evaluation
 from vavae_nb.metrics.generation import evaluate_generation, how_drawn
 from vavae_nb.metrics.reconstruction import evaluate_reconstruction
-from vavae_nb.metrics.comparison import provenance_differences
+from vavae_nb.metrics.comparison import compare, provenance_differences
 from vavae_nb.tokenizer.shards import extract_shards
 from vavae_nb.metrics.distribution import kid, precision_recall
 from vavae_nb.metrics.features import extract_features, feature_extractor
@@ -232,3 +232,12 @@ def test_bad_input_of_the_other_actions(work, run, tmp_path):
     for action,options,message in wrong:
         status, _, err = run(action, **options)
         assert status == 2 and "error: " in err and message in err, (options, err)
+
+def test_a_zero_is_a_setting_and_each_figure_has_its_counterpart():
+    def report(*extractors, seed):
+        figure = dict(metric="fd", value=1., standard_error=None, n=10, n_reference=0, reference="none")
+        return Evaluation("generation", {}, [figure | dict(extractor=e, settings=dict(seed=seed)) for e in extractors])
+    differences = provenance_differences(report("alexnet", seed=0), report("alexnet", seed=1))
+    assert differences == {"fd: seed": ("0", "1")}
+    text = compare(report("vgg16", "alexnet", seed=0), report("alexnet", "inception", seed=0)) # vgg16 and inception
+    assert "only in" not in text and text.count("the extractors differ") == 1

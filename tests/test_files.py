@@ -486,3 +486,7 @@ def test_every_text_file_says_its_encoding():
         lines = filter(TEXTS.search, path.read_text(encoding="utf-8").splitlines())
         silent += [f"{path}: {line.strip()}" for line in lines if "urlopen" not in line and "def " not in line]
     assert not silent, "\n".join(silent)
+
+def test_a_transformer_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path/"none.pt"))): load_dit("~/none.pt")

@@ -229,3 +229,11 @@ def test_cuda_gives_the_cpus_features():
     cpu = cached_features(vfm, images, precision="fp32").copy()
     images.fingerprint = "on cuda"
     test_tensor(torch.tensor(cached_features(vfm.cuda(), images, precision="fp32")), torch.tensor(cpu), rtol=1e-2)
+
+def test_a_fold_that_gives_nan_is_not_taken(monkeypatch):
+    def fold(net):
+        for p in net.parameters(): p.data.fill_(float("nan"))
+        return net
+    monkeypatch.setattr(foundation, "fold_batchnorm", fold)
+    vfm = FoundationModel("test_resnet", 8, weights="random")
+    assert vfm(torch.zeros(1, 3, 32, 32)).isfinite().all()

@@ -1,6 +1,7 @@
 "Latent shards: refusals, statistics, resuming, ranks, full disks"
 import collections, json, shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from vavae_nb.base.errors import CheckpointError, DataError, VavaeError
@@ -8,6 +9,7 @@ from vavae_nb.data.images import embedded
 from vavae_nb.tokenizer.latents import Latents, load_latents
 from vavae_nb.tokenizer.statistics import describe_folder, latent_statistics, record_statistics
 from vavae_nb.tokenizer.statistics import load_latent_stats, save_latent_stats
+from vavae_nb.tokenizer import shards
 from vavae_nb.tokenizer.shards import extract_shards, open_shard, shard_files, shard_ranges
 from vavae_nb.base.tensors import generator, test_tensor
 from vavae_nb.base.tensor_files import load_tensors, save_tensors
@@ -133,6 +135,8 @@ def test_what_does_not_belong_together_is_refused(made):
     with pytest.raises(CheckpointError, match="no latent statistics"): load_latents(folder, bare)
     bare.set_latent_stats(tok.latent_mean*1.5, tok.latent_std*1.5, {})
     with pytest.raises(CheckpointError, match="are not the tokenizer's"): load_latents(folder, bare)
+    save_latent_stats(folder/"latents_stats.pt", tok.latent_mean, tok.latent_std*float("nan"))
+    with pytest.raises(CheckpointError, match="differ by nan"): load_latents(folder, tok)
     save_latent_stats(folder/"latents_stats.pt", torch.zeros(1, 6, 1, 1), torch.ones(1, 6, 1, 1))
     with pytest.raises(CheckpointError, match="6 channels"): load_latents(folder, tok)
     describe_folder(tok, folder)
@@ -203,3 +207,16 @@ def test_too_little_room_is_said_before_anything_is_encoded(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda p: collections.namedtuple("U", "total used free")(1, 1, 1000))
     with pytest.raises(DataError, match="make room"): extract(tokenizer(), tmp_path/"z")
     assert not list((tmp_path/"z").iterdir())
+
+def test_the_bar_counts_images_and_names_the_process(tmp_path, monkeypatch):
+    class Bar(list):
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def update(self, n): self.append(n)
+    bar, titles = Bar(), []
+    monkeypatch.setattr(shards, "progress", lambda desc, **kw: titles.append(desc) or bar)
+    extract(tokenizer(), tmp_path, rank=1, world_size=2, share=(1, 2), per_shard=10, batch_size=4)
+    assert titles == ["encoding, process 3 of 4"] and bar == [4, 4, 2]
+
+def test_another_process_may_sweep_first(tmp_path):
+    shards._sweep(SimpleNamespace(glob=lambda pattern: [tmp_path/"gone"]), ["shard"], everything=False)

@@ -6,6 +6,7 @@ from scipy.linalg import sqrtm
 from vavae_nb.base.errors import DataError, ShapeError
 from vavae_nb.metrics.quality import (FeatureStats, Measure, fd, frechet_distance, nearest_neighbours, psnr,
                                       reconstruction_metrics, ssim)
+from vavae_nb.metrics.reference import StoredStats
 from vavae_nb.base.tensors import generator, test_tensor
 
 def rand(*size, what="x"): return torch.rand(*size, generator=generator(0, what))*2-1
@@ -115,6 +116,8 @@ def test_what_cannot_be_counted_is_refused():
     with pytest.raises(DataError, match="infinite"): s.update(torch.full((1, 4), math.inf))
     assert s.n == 3 # Unchanged by what it refused
     with pytest.raises(DataError, match="got 0"): frechet_distance(FeatureStats(), s)
+    stored = StoredStats(torch.zeros(5), torch.eye(5)) # Of nobody knows how many images
+    with pytest.raises(ShapeError, match="4 and 5 dimensions"): frechet_distance(s, stored)
 
 def test_a_measure_carries_its_origin():
     s = FeatureStats.of(randn(20, 3))

@@ -1,6 +1,6 @@
 "The sample command: what it makes, what it refuses, and that neither a kill nor the number of processes changes a byte"
 import json, os, signal, subprocess, sys
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, vavae_nb
 from PIL import Image
 from together import dying
 from vavae_nb.recipes.config import Config
@@ -9,6 +9,7 @@ from vavae_nb.base.errors import DataError
 from vavae_nb.dit.model import LightningDiT
 from vavae_nb.sampling.drawing import generate_images
 from vavae_nb.sampling.formats import load_samples
+from vavae_nb.sampling.sets import versions
 from vavae_nb.tokenizer.statistics import save_latent_stats
 from vavae_nb.interop.authors import save_lightningdit, save_vavae
 from vavae_nb.sample import main
@@ -209,3 +210,13 @@ def test_options_with_dashes_and_no_torch_for_help():
     assert r.returncode == 2 and "argument --cfg-scale: invalid float value" in r.stderr
     r = python("-m", "vavae_nb.sample", "--run", "x", "--format", "gif")
     assert r.returncode == 2 and "invalid choice: 'gif'" in r.stderr
+
+def test_the_commit_of_a_foreign_repository_is_not_ours(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(vavae_nb, "__file__", str(tmp_path/"__init__.py"))
+    (tmp_path/"__init__.py").touch()
+    assert versions(torch.device("cpu"))["commit"] == ""
+    subprocess.run([*git, "add", "__init__.py"], check=True)
+    assert versions(torch.device("cpu"))["commit"].endswith("+changes")

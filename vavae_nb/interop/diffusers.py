@@ -14,7 +14,7 @@ from ..base.files import read_json
 from ..base.tensor_files import build_from, load_into, load_tensors
 from ..base.foreign_files import load_torch
 from ..tokenizer.autoencoder import Autoencoder
-from .authors import _on_cpu, state_of
+from .authors import on_cpu, state_of
 
 # %% ../../nbs/70_interop.diffusers.ipynb #cdc67039
 _kl_words = dict(down="down_blocks", up="up_blocks", mid="mid_block", block="resnets", attn="attentions",
@@ -42,7 +42,7 @@ _kl_default = dict(in_channels=3, out_channels=3, down_block_types=(_down,), up_
                    sample_size=32, scaling_factor=.18215, mid_block_add_attention=True)
 
 def _complete(config):
-    "A configuration with what is not said in it as diffusers has it"
+    "Fill what a configuration leaves out with diffusers' defaults"
     return _kl_default | {k: v for k,v in config.items() if v is not None}
 
 def _obstacles(c):
@@ -113,7 +113,7 @@ def _read_folder(path):
     return config, tensors, file
 
 def _with_convs(tensors, config, d):
-    "Give a model without the 1×1 convolutions around the latent ones that do nothing"
+    "Add identity `quant_conv`/`post_quant_conv` where a model has none"
     for flag, name, n in (("use_quant_conv", "quant_conv", 2*d), ("use_post_quant_conv", "post_quant_conv", d)):
         if not config.get(flag, True):
             tensors = tensors | {f"{name}.weight": torch.eye(n)[:,:,None,None], f"{name}.bias": torch.zeros(n)}
@@ -166,7 +166,7 @@ def to_diffusers(
         raise ConfigError(f"to_diffusers needs the package diffusers ({e}): pip install diffusers") from None
     kl = AutoencoderKL(**config_to_diffusers(tok))
     shapes, levels, named = {k: v.shape for k,v in kl.state_dict().items()}, len(tok.config["ch_mult"]), {}
-    for name,v in _on_cpu(tok.state_dict()).items():
+    for name,v in on_cpu(tok.state_dict()).items():
         theirs = diffusers_name(name, levels)
         fits = theirs in shapes and v.numel() == shapes[theirs].numel()
         named[theirs] = v.reshape(shapes[theirs]) if fits else v

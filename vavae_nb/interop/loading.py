@@ -50,7 +50,7 @@ def load_dit(
     which:str|None=None,  # `ema` or `model`; by default the averaged weights if there are any
 )->LightningDiT:          # On the CPU, in eval mode
     "A transformer from whichever file holds it"
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists(): raise CheckpointError(f"no file or folder at {path}")
     if path.is_file() and path.suffix in _torch_files: return load_lightningdit(path, which)
     file = _in_run(path, "dit.safetensors")

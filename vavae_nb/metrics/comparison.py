@@ -19,7 +19,8 @@ def _conditions(e, common): # What the figures depend on, by path; settings only
     values = {}
     for figure in e.figures:
         for path,value in leaves(figure):
-            if path in _results or path.endswith("_std") or value in ("none", "", None, 0): continue
+            if path in _results or path.endswith("_std") or value in ("none", "", None): continue
+            if path == "n_reference" and value == 0: continue # The metric has no reference
             if path.startswith("settings."):
                 if figure["metric"] not in common: continue
                 path = f"{figure['metric']}: {path.removeprefix('settings.')}"
@@ -32,26 +33,27 @@ def provenance_differences(
 )->dict[str,tuple[str,str]]: # By name: what each says
     "In what two reports differ, their results aside"
     common = {f["metric"] for f in a.figures} & {f["metric"] for f in b.figures}
-    of_a,of_b = _conditions(a, common),_conditions(b, common)
+    of_a, of_b = _conditions(a, common), _conditions(b, common)
     first = ("extractor", "extractor_sha256", "resize", "reference", "n", "n_reference",
              "size", "reference_size", "label_sampling")
     order = [*first, *(k for k in of_a | of_b if k not in first)]
     return {k: (of_a.get(k, "not said"), of_b.get(k, "not said")) for k in order if of_a.get(k) != of_b.get(k)}
 
 # %% ../../nbs/81_metrics.comparison.ipynb #948d0efc
-def _partner(figure, candidates, figures): # The candidate that belongs to a figure, which is one of `figures`
+def _counterpart(figure, candidates, first_report):
+    "The candidate of the figure's metric and extractor, or else of an extractor that the first report has nowhere"
     same_metric = [c for c in candidates if c["metric"] == figure["metric"]]
     for c in same_metric:
         if c["extractor"] == figure["extractor"]: return c
-    if not same_metric or any(f["extractor"] == same_metric[0]["extractor"] for f in figures): return None
-    return same_metric[0]
+    known = {f["extractor"] for f in first_report}
+    return next((c for c in same_metric if c["extractor"] not in known), None)
 
 def _without_spreads(figure, key): # What is under a key, by path
     return {path: v for path,v in leaves({key: figure[key]}) if not path.endswith("_std")}
 
 def _difference(f, g): # In words
     if f["extractor"] != g["extractor"]: return "not subtracted: the extractors differ"
-    difference,errors = f["value"]-g["value"],(f["standard_error"], g["standard_error"])
+    difference, errors = f["value"]-g["value"], (f["standard_error"], g["standard_error"])
     if None in errors: text = f"{difference:+.4g}, error bar unknown"
     else:
         error = math.hypot(*errors)
@@ -71,7 +73,7 @@ def compare(
     names:tuple[str,str]=("A", "B"),
 )->str:
     "What differs between two reports: first what their figures depend on, then the figures"
-    a,b = (e if isinstance(e, Evaluation) else Evaluation.load(e) for e in (a, b))
+    a, b = (e if isinstance(e, Evaluation) else Evaluation.load(e) for e in (a, b))
     if a.action != b.action: raise ConfigError(f"an evaluation of {a.action} cannot be compared with one of {b.action}")
     differs = provenance_differences(a, b)
     lines = ["They differ in:" if differs else "Nothing differs in what they depend on."]
@@ -79,7 +81,7 @@ def compare(
     lines += ["", f"{'metric':20} {names[0]:>12} {names[1]:>12}   {names[0]} − {names[1]}"]
     alone = list(b.figures)
     for f in a.figures:
-        g = _partner(f, alone, a.figures)
+        g = _counterpart(f, alone, a.figures)
         if g is None:
             lines.append(_line(f["metric"], f["value"], None, f"only in {names[0]} ({short_name(f['extractor'])})"))
             continue

@@ -8,7 +8,7 @@ __all__ = ['kid', 'precision_recall', 'inception_score', 'sampling_error', 'fd_i
 # %% ../../nbs/43_metrics.distribution.ipynb #44d10003
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 import numpy as np, torch
 from torch import Tensor
 from ..base.errors import ConfigError, DataError, LabelError, ShapeError
@@ -20,7 +20,7 @@ from ..base.tensors import generator
 def _two_sets(samples, reference): # float64, of one dimension; on the samples' device if that is a GPU
     device = samples.device if isinstance(samples, Tensor) and samples.is_cuda else "cpu"
     a = as_features(samples, device=device)
-    b = as_features(reference, device=device) if len(a) else a
+    b = as_features(reference, device=device)
     if not len(a) or not len(b):
         raise DataError("two sets of features are compared; "
                         f"got {len(a)} samples and {len(reference)} reference features")
@@ -35,15 +35,21 @@ def _steps(n, step, what): # First rows of the steps; with a bar where there are
 
 def _cubic_kernel(u, v): return (u@v.T/u.shape[1]+1)**3
 
-def _squared_mmd(x, y): # Of two subsets; and what its error needs: Var_i mean_j d_ij less its noise, and the mean r_i
+class _SubsetMMD(NamedTuple):
+    "The squared MMD of two subsets, and what its error bar needs of d_ij = k(x_i, x_j) − k(x_i, y_j)"
+    value:float
+    variance:float # Var_i mean_j d_ij, less the noise of those means; Var h/4, since h(x_i) = 2 mean_j d_ij
+    noise:float    # mean_i Var_j d_ij
+
+def _squared_mmd(x, y):
     m = len(x)
-    xx,yy = (_cubic_kernel(f, f).fill_diagonal_(0) for f in (x, y))
+    xx, yy = (_cubic_kernel(f, f).fill_diagonal_(0) for f in (x, y))
     xy = _cubic_kernel(x, y)
     value = (xx.sum()+yy.sum())/(m*(m-1)) - 2*xy.mean()
     d = (xx-xy).fill_diagonal_(0)
-    h = d.sum(1)/(m-1)
-    r = (d.square().sum(1)/(m-1) - h.square()).mean()
-    return value.item(), (h.var()-r/(m-1)).item(), r.item()
+    means = d.sum(1)/(m-1) # h(x_i)/2
+    noise = (d.square().sum(1)/(m-1) - means.square()).mean()
+    return _SubsetMMD(value.item(), (means.var()-noise/(m-1)).item(), noise.item())
 
 def kid(
     samples:Tensor|np.ndarray,   # Features of generated images, (n, dim)
@@ -56,23 +62,25 @@ def kid(
     seed:int=2020,               # Of the subsets; torch-fidelity's by default
 )->Measure:
     "Kernel inception distance, the unbiased squared MMD with a cubic kernel; Bińkowski et al. 2018, eq. 4"
-    a,b = _two_sets(samples, reference)
-    n,smaller = len(a),min(len(a), len(b))
+    a, b = _two_sets(samples, reference)
+    n, smaller = len(a), min(len(a), len(b))
     if not 2 <= subset_size <= smaller or subsets < 1:
         raise DataError(f"KID takes at least 1 subset of 2 or more from each set; got {subsets} of {subset_size} "
                         f"from {n} samples and {len(b)} reference features: choose subset_size={smaller} or less")
     rng = np.random.RandomState(seed)
     def draw(f): return f[torch.from_numpy(rng.choice(len(f), subset_size, replace=False)).to(f.device)]
-    values,first,second = zip(*(_squared_mmd(draw(a), draw(b)) for _ in _steps(subsets, 1, "KID")))
+    results = [_squared_mmd(draw(a), draw(b)) for _ in _steps(subsets, 1, "KID")]
+    values = [r.value for r in results]
     std = float(np.std(values))
-    error = math.sqrt(4*max(np.mean(first), 0)/n + 2*np.mean(second)/n**2 + std**2/subsets)
+    variance, noise = np.mean([r.variance for r in results]), np.mean([r.noise for r in results])
+    error = math.sqrt(4*max(variance, 0)/n + 2*noise/n**2 + std**2/subsets)
     settings = dict(subsets=subsets, subset_size=subset_size, kernel="(u·v/dim+1)^3", seed=seed, subset_std=std)
     return Measure("kid", float(np.mean(values)), n, extractor, name, note, len(b), error, settings)
 
 # %% ../../nbs/43_metrics.distribution.ipynb #44d1000e
 @dataclass(frozen=True)
 class _Points:
-    "Features as quick distances want them: about a common centre and, on the CPU, in fp32"
+    "Features for quick distances: about a common centre; in fp32 on the CPU, if its products are exact enough"
     rows:Tensor    # (n, dim)
     squares:Tensor # Their squared lengths, (n,)
 
@@ -95,43 +103,44 @@ def _blocks(n, chunk, first=0): return (slice(i, i+chunk) for i in range(first, 
 
 # %% ../../nbs/43_metrics.distribution.ipynb #8263273a
 def _nearest_by_quick_distances(points, count, chunk): # Other rows nearest to each row: distances and rows, (n, count)
-    n,device = len(points.rows),points.rows.device
+    n, device = len(points.rows), points.rows.device
     distances = points.rows.new_full((n, count), math.inf)
     rows = torch.zeros(n, count, dtype=torch.long, device=device)
     def merge(i, j, block): # The rows j become candidates of the rows i
-        d,column = block.topk(min(count, block.shape[1]), largest=False)
-        distances[i],best = torch.cat([distances[i], d], 1).topk(count, largest=False)
+        d, column = block.topk(min(count, block.shape[1]), largest=False)
+        distances[i], best = torch.cat([distances[i], d], 1).topk(count, largest=False)
         rows[i] = torch.cat([rows[i], column+j.start], 1).gather(1, best)
     for start in _steps(n, chunk, "neighbours within a set"):
         i = slice(start, start+chunk)
         for j in _blocks(n, chunk, start):
-            block,_ = _quick_distances(points, i, points, j)
+            block, _ = _quick_distances(points, i, points, j)
             if i == j: block.fill_diagonal_(math.inf)
             else: merge(j, i, block.T)
             merge(i, j, block)
     return distances, rows
 
-def _radii(features, points, k, chunk): # Squared distance of each row to its k-th nearest other row, as float64 has it
+def _squared_radii(features, points, k, chunk): # Squared distance of each row to its k-th nearest other, in float64
     n = len(features)
-    quick,candidates = _nearest_by_quick_distances(points, min(2*k, n-1), chunk)
-    radii = features.new_empty(n)
+    quick, candidates = _nearest_by_quick_distances(points, min(2*k, n-1), chunk)
+    squared_radii = features.new_empty(n)
     for i in range(0, n, 64):
         differences = features[i:i+64,None]-features[candidates[i:i+64]]
-        radii[i:i+64] = differences.square().sum(2).kthvalue(k).values
+        squared_radii[i:i+64] = differences.square().sum(2).kthvalue(k).values
     bound = points.rounding*(points.squares+points.squares.max())
-    uncertain = quick.amax(1)-bound < radii # A row that is no candidate could be nearer
+    uncertain = quick.amax(1)-bound < squared_radii # A row that is no candidate could be nearer
     for i in uncertain.nonzero().flatten().tolist():
-        radii[i] = (features-features[i]).square().sum(1).kthvalue(k+1).values # The nearest is the row itself
-    return radii
+        squared_radii[i] = (features-features[i]).square().sum(1).kthvalue(k+1).values # The nearest is the row itself
+    return squared_radii
 
 # %% ../../nbs/43_metrics.distribution.ipynb #b9ef2985
-def _mark_inside(inside, features, centres, radii, quick, bound): # Which features, (n,), are in one of the balls, (m,)?
-    quick_radii = radii.to(quick.dtype)
+def _mark_inside(inside, features, centres, squared_radii, quick, bound):
+    "Set `inside`, (n,), in place where a feature is in one of the balls, (m,)"
+    quick_radii = squared_radii.to(quick.dtype) # Squared, as the quick distances are
     inside |= (quick+bound <= quick_radii).any(1)
     undecided = ((quick-bound <= quick_radii) & ~inside[:,None]).nonzero()
     for pairs in undecided.split(4096):
-        f,c = pairs.T
-        within = (features[f]-centres[c]).square().sum(1) <= radii[c]
+        f, c = pairs.T
+        within = (features[f]-centres[c]).square().sum(1) <= squared_radii[c]
         inside[f[within]] = True
 
 def precision_recall(
@@ -144,22 +153,23 @@ def precision_recall(
     chunk:int=1024,              # Rows at a time; distances need chunk² numbers
 )->tuple[Measure,Measure]:       # Precision and recall, each in [0, 1]
     "Improved precision and recall; Kynkäänniemi et al. 2019, eqs. 1 and 2"
-    a,b = _two_sets(samples, reference)
+    a, b = _two_sets(samples, reference)
     if not 1 <= k < min(len(a), len(b)):
         raise DataError(f"precision and recall look at {k} neighbours of each feature in its own set, "
                         f"so both sets need more than {k}; got {len(a)} samples and {len(b)} reference features")
     centre = b.mean(0)
-    x,y = _Points.about(a, centre),_Points.about(b, centre)
-    radii_a,radii_b = _radii(a, x, k, chunk),_radii(b, y, k, chunk)
+    x, y = _Points.about(a, centre), _Points.about(b, centre)
+    squared_a = _squared_radii(a, x, k, chunk)
+    squared_b = _squared_radii(b, y, k, chunk)
     real = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     covered = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     for start in _steps(len(a), chunk, "neighbours across sets"):
         i = slice(start, start+chunk)
         for j in _blocks(len(b), chunk):
-            quick,bound = _quick_distances(x, i, y, j)
-            _mark_inside(real[i], a[i], b[j], radii_b[j], quick, bound)
-            _mark_inside(covered[j], b[j], a[i], radii_a[i], quick.T, bound.T)
-    p,r = real.double().mean().item(),covered.double().mean().item()
+            quick, bound = _quick_distances(x, i, y, j)
+            _mark_inside(real[i], a[i], b[j], squared_b[j], quick, bound)
+            _mark_inside(covered[j], b[j], a[i], squared_a[i], quick.T, bound.T)
+    p, r = real.double().mean().item(), covered.double().mean().item()
     error = math.sqrt(p*(1-p)/len(a))
     return (Measure("precision", p, len(a), extractor, name, note, len(b), error, dict(k=k)),
             Measure("recall", r, len(a), extractor, name, note, len(b), None, dict(k=k)))
@@ -185,14 +195,14 @@ def inception_score(
 )->Measure:
     "Inception score, the mean over splits; Salimans et al. 2016, section 4"
     logits = as_features(logits)
-    n,rules = len(logits),("adm", "torch-fidelity")
+    n, rules = len(logits), ("adm", "torch-fidelity")
     if splits not in rules: raise ConfigError(f"the inception score's splits are {' or '.join(rules)}, not '{splits}'")
     if n < 20:
         raise DataError(f"an inception score of {n} samples means nothing; "
                         "at least 20 are asked for, and ADM's splits hold 5,000")
     parts = _split_logits(logits, splits, seed)
     scores = [_score(part) for part in parts]
-    std,number = float(np.std(scores)),len(scores)
+    std, number = float(np.std(scores)), len(scores)
     error = std/math.sqrt(number-1) if number > 1 else None
     shuffle_seed = seed if splits == "torch-fidelity" else None
     settings = dict(splits=splits, number=number, split_size=len(parts[0]), seed=shuffle_seed, split_std=std)
@@ -233,7 +243,7 @@ def fd_infinity(
     seed:int=0,                # Of subsets and halves
 )->Measure:
     "Fréchet distance extrapolated to infinitely many samples, linearly in 1/n; Chong & Forsyth 2020, section 3"
-    f,n = as_features(samples, reference.dim),len(samples)
+    f, n = as_features(samples, reference.dim), len(samples)
     if smallest is None: smallest = min(5000, n//2)
     if not 2 <= smallest < n or points < 2:
         raise DataError(f"an extrapolation needs 2 or more sizes between 2 and n={n}; got {points} from {smallest}")
@@ -254,13 +264,13 @@ def per_class_fd(
     metric:str="fd",                    # See `fd`
 )->dict[int,Measure]:                   # By class
     "Fréchet distance of each class from the same class of the reference"
-    a,b = as_features(samples),as_features(reference)
-    y,z = torch.as_tensor(labels).cpu(),torch.as_tensor(reference_labels).cpu()
+    a, b = as_features(samples), as_features(reference)
+    y, z = torch.as_tensor(labels).cpu(), torch.as_tensor(reference_labels).cpu()
     for f,classes in ((a, y), (b, z)):
         if classes.shape != f.shape[:1]:
             raise ShapeError(f"each feature needs its class; got {tuple(f.shape)} features "
                              f"and {tuple(classes.shape)} classes")
-    classes,reference_classes = set(y.tolist()),set(z.tolist())
+    classes, reference_classes = set(y.tolist()), set(z.tolist())
     if classes != reference_classes:
         only_one = sorted(classes^reference_classes)[:10]
         raise LabelError(f"samples and reference must hold the same classes; only one of them holds {only_one}")

@@ -25,7 +25,7 @@ _omitted_keys = dict(metric=str, reason=str)
 _figure_keys = dict(metric=str, value=(int, float), standard_error=(int, float, type(None)), n=int, n_reference=int,
                     extractor=str, reference=str, settings=dict)
 
-def _has_keys(d, kinds): # Is this a dict with values of these kinds, and no number beyond all others?
+def _has_keys(d, kinds): # Is this a dict of such values, with no NaN, infinity or absurd number?
     if not isinstance(d, dict) or not all(k in d and isinstance(d[k], kind) for k,kind in kinds.items()): return False
     return all(abs(v) < 1e300 for v in d.values() if isinstance(v, (int, float)))
 

@@ -62,7 +62,7 @@ class StageMeans(nn.Module):
         net:str, # `alexnet` or `vgg16`
     ):
         super().__init__()
-        self.stages,self.weights_sha256 = ConvStages(net),weights_sha256(net)
+        self.stages, self.weights_sha256 = ConvStages(net), weights_sha256(net)
         self.dim = sum(self.stages.dims)
 
     def forward(self,
@@ -74,9 +74,9 @@ class TimmPool(nn.Module):
     "Pooled last feature map of the packaged EfficientNet-Lite0, trained on (255·pixel − 127)/128 for pixels in [0, 1]"
     def __init__(self):
         super().__init__()
-        self.net,_ = timm_network("efficientnet_lite0")
+        self.net, _ = timm_network("efficientnet_lite0")
         self.net.to(memory_format=torch.channels_last)
-        self.dim,self.weights_sha256 = self.net.num_features,self.net.weights_sha256
+        self.dim, self.weights_sha256 = self.net.num_features, self.net.weights_sha256
 
     def forward(self,
         x:Tensor, # (b, 3, H, W) in [−1, 1]
@@ -87,18 +87,18 @@ class TimmPool(nn.Module):
 # %% ../../nbs/40_metrics.features.ipynb #a99b1fdf
 class Inception(nn.Module):
     "The 2015 Inception-v3 of the published FIDs: pooled and spatial features, and logits where the weights have them"
-    dim,spatial_dim = 2048,17*17*7
+    dim, spatial_dim = 2048, 17*17*7
     def __init__(self,
         weights:str|Path|None=None, # See `pretrained.inception_network`
     ):
         super().__init__()
-        net,self.source = inception_network(weights)
-        self.fc,self.weights_sha256 = net.fc,net.weights_sha256
+        net, self.source = inception_network(weights)
+        self.fc, self.weights_sha256 = net.fc, net.weights_sha256
         blocks = OrderedDict(net.named_children()) # In the order in which torch-fidelity applies them
         blocks.pop("fc", None) # Not there in the packaged copy
         split = list(blocks).index("Mixed_6d")
         chain = nn.Sequential(blocks)
-        self.stem,self.head = chain[:split],chain[split:]
+        self.stem, self.head = chain[:split], chain[split:]
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
@@ -134,9 +134,9 @@ class FeatureExtractor(nn.Module):
     ):
         super().__init__()
         if filter not in FILTERS: raise ConfigError(unknown_name("filter", filter, FILTERS))
-        self.name,self.network = name,network.requires_grad_(False)
-        self.image_size,self.filter,self.stored = image_size,filter,stored
-        self.dim,self.spatial_dim = network.dim,getattr(network, "spatial_dim", 0)
+        self.name, self.network = name, network.requires_grad_(False)
+        self.image_size, self.filter, self.stored = image_size, filter, stored
+        self.dim, self.spatial_dim = network.dim, getattr(network, "spatial_dim", 0)
         self.sha256 = network.weights_sha256
         self.eval()
 
@@ -162,7 +162,7 @@ class FeatureExtractor(nn.Module):
         if self.stored: x = to_uint8(x).permute(0, 3, 1, 2).float()/127.5-1
         x = resize(x, self.image_size, self.filter)
         if not spatial: return self.network(x).float()
-        pooled,spatial = self.network(x, spatial=True)
+        pooled, spatial = self.network(x, spatial=True)
         return pooled.float(), spatial.float()
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ def feature_extractor(
     if name not in EXTRACTORS: raise ConfigError(unknown_name("feature extractor", name, EXTRACTORS))
     if weights is not None and name != "inception":
         raise ConfigError(f"{name} has one set of weights; only inception takes others")
-    make,usual_size,usual_filter = EXTRACTORS[name]
+    make, usual_size, usual_filter = EXTRACTORS[name]
     network = make() if weights is None else make(weights)
     return FeatureExtractor(name, network, image_size or usual_size, filter or usual_filter, stored=name == "inception")
 
@@ -219,7 +219,7 @@ def image_array_error(
     images:np.ndarray|Tensor, # That are not what is asked for
 )->DataError:
     "What is wrong with an array of images, and what to do"
-    shape,dtype = tuple(images.shape),str(images.dtype).removeprefix("torch.")
+    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     if dtype == "object": hint = "images of sizes that differ; crop them to one size"
     elif len(shape) == 3 and 3 in (shape[0], shape[-1]): hint = "one image; give x[None]"
     elif len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[-1])):
@@ -238,7 +238,7 @@ class _ImageArray:
             kind = type(images).__name__
             raise DataError(f"images must be an array, a tensor or a data set with a fingerprint, not {kind}")
         if images.dtype == object: raise image_array_error(images)
-        self.images,self.device = images,device
+        self.images, self.device = images, device
         first = self.read(slice(0, 1))
         self.is_uint8 = first.ndim == 4 and first.dtype == torch.uint8 and first.shape[-1] == 3
         is_float = first.ndim == 4 and first.is_floating_point() and first.shape[1] == 3
@@ -275,7 +275,7 @@ def feature_batches(
     if not len(images): raise DataError("no images to extract features from")
     batches = shared_batches(len(images), batch_size)
     if len(batches) > 8 and is_first(): batches = progress(batches, f"{extractor.name} features", unit="batch")
-    for rows,together in batches:
+    for rows,join_rows in batches:
         x = images.batch(np.arange(rows.start, rows.stop), flip).to(extractor.device)
         _refuse_images(~x.isfinite(), rows.start, "image {} holds NaN or infinity")
         _refuse_images(x.abs() > 1+1e-3, rows.start,
@@ -284,12 +284,12 @@ def feature_batches(
             features = extractor(x, spatial=True) if spatial else (extractor(x),)
         problem = f"the {extractor.name} features of image {{}} are not finite in {precision}; use precision='fp32'"
         for f in features: _refuse_images(~f.isfinite(), rows.start, problem)
-        yield tuple(together(f).cpu().numpy() for f in features)
+        yield tuple(join_rows(f).cpu().numpy() for f in features)
 
 # %% ../../nbs/40_metrics.features.ipynb #1f329b8d
 def _cached(extractor, meta, compute): # The tensors that `meta` describes; computed and saved if any process lacks them
     path = cache_dir("features")/f"{extractor.name}-{hashlib.sha256(repr(meta).encode()).hexdigest()[:24]}.safetensors"
-    try: tensors,stored_meta = load_tensors(path)
+    try: tensors, stored_meta = load_tensors(path)
     except CheckpointError: stored_meta = None # Not there, or damaged; it can be computed again
     if max_over(torch.tensor(float(stored_meta != meta), device=extractor.device)):
         tensors = compute()

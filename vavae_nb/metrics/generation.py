@@ -30,16 +30,16 @@ from ..base.foreign_files import npz_names
 def _silent(label_sampling="not said"): return dict(label_sampling=label_sampling, sampling={}, seed=None)
 
 def _drawn_by_sample(folder, file): # As the sample.json says
-    path,fix = folder/"sample.json","it is damaged: draw the samples again, or move the images elsewhere"
+    path, fix = folder/"sample.json", "it is damaged: draw the samples again, or move the images elsewhere"
     record = read_json(path, fix)
-    settings,outputs = record.get("settings", {}),record.get("outputs", {})
+    settings, outputs = record.get("settings", {}), record.get("outputs", {})
     npz = outputs.get("npz", {}) if isinstance(outputs, dict) else None
     if not isinstance(settings, dict) or not isinstance(npz, dict):
         raise DataError(f"{path} does not say how samples were drawn; {fix}")
     if file.suffix == ".npz" and file.is_file() and npz.get("sha256") != remembered_sha256(file):
         return _silent("not said (the sample.json beside is of another file)")
     sampling = dict(settings)
-    label_sampling,seed = sampling.pop("classes", "not said"),sampling.pop("seed", None)
+    label_sampling, seed = sampling.pop("classes", "not said"), sampling.pop("seed", None)
     return dict(label_sampling=label_sampling, seed=seed, sampling=sampling)
 
 def _drawn_by_run(folder, file): # As the config.yaml says
@@ -57,7 +57,8 @@ def how_drawn(
     if not isinstance(source, (str, Path)) or str(source).startswith("embedded:"): return _silent()
     path = Path(source).expanduser()
     file = path/"samples.npz" if path.is_dir() else path
-    folder = file.parent.parent if path.name == "images" else file.parent
+    folder = file.parent
+    if path.name == "images": folder = folder.parent # The PNG files of a sample folder
     if (folder/"sample.json").is_file(): return _drawn_by_sample(folder, file)
     of_a_run = (folder/"config.yaml").is_file() and file.name in ("samples.npz", "samples_unguided.npz")
     return _drawn_by_run(folder, file) if of_a_run else _silent()
@@ -116,12 +117,12 @@ def _stats_of(features): # In parts, since each is copied to float64
 
 def _see(extractor, images, keep_features, batch_size):
     if not keep_features:
-        reference = load_reference(images, extractor, batch_size)
-        return _Seen(reference.stats, reference.spatial, None)
+        measured = load_reference(images, extractor, batch_size) # Statistics alone, from the cache if there
+        return _Seen(measured.stats, measured.spatial, None)
     if not extractor.spatial_dim:
         pooled = extract_features(extractor, images, batch_size)
         return _Seen(_stats_of(pooled), None, torch.from_numpy(pooled))
-    pooled,spatial = extract_features(extractor, images, batch_size, spatial=True)
+    pooled, spatial = extract_features(extractor, images, batch_size, spatial=True)
     return _Seen(_stats_of(pooled), _stats_of(spatial), torch.from_numpy(pooled))
 
 def _holds_statistics(source):
@@ -130,12 +131,13 @@ def _holds_statistics(source):
     if path.suffix == ".safetensors": return True
     return path.suffix == ".npz" and path.is_file() and bool({"mu", "sigma"} & set(npz_names(path)))
 
-def _see_reference(source, extractor, keep_features, batch_size): # And the features of its images, if there are any
-    if not isinstance(source, Path):
-        seen = _see(extractor, source, keep_features, batch_size)
-        reference = Reference(source.name, source.fingerprint, extractor.key, seen.stats, seen.spatial, source)
-        return reference, seen.features
-    reference = load_reference(source, extractor, batch_size) # Stored statistics
+def _see_reference(images, extractor, keep_features, batch_size):
+    seen = _see(extractor, images, keep_features, batch_size)
+    reference = Reference(images.name, images.fingerprint, extractor.key, seen.stats, seen.spatial, images)
+    return reference, seen.features
+
+def _read_reference(stored, extractor, keep_features, batch_size): # And the features of its images, if there are any
+    reference = load_reference(stored, extractor, batch_size)
     if not keep_features or reference.images is None: return reference, None
     return reference, reference.features(extractor, batch_size=batch_size)
 
@@ -154,8 +156,8 @@ class _Options:
 class _Comparison:
     "Samples and reference as one extractor sees them, and the figures of the two"
     def __init__(self, extractor, images, samples, reference, reference_features, options):
-        self.extractor,self.images,self.samples = extractor,images,samples
-        self.reference,self.reference_features = reference,reference_features
+        self.extractor, self.images, self.samples = extractor, images, samples
+        self.reference, self.reference_features = reference, reference_features
         self.options = options
         self.name = "fid" if extractor.name == "inception" else "fd"
         self.origin = dict(extractor=extractor.key, name=str(reference))
@@ -166,7 +168,7 @@ class _Comparison:
                 "per_class": self.distances_per_class}
 
     def distance(self):
-        stats,repeats,seed = self.reference.stats,self.options.repeats,self.options.seed
+        stats, repeats, seed = self.reference.stats, self.options.repeats, self.options.seed
         def distance_of(features): return frechet_distance(FeatureStats.of(features), stats)
         error = sampling_error(distance_of, self.samples.features, repeats, seed) if repeats else None
         measure = fd(self.samples.stats, stats, metric=self.name, standard_error=error, **self.origin)
@@ -184,7 +186,7 @@ class _Comparison:
         return inception_score(logits, self.extractor.key, self.options.splits)
 
     def features_for_distances(self): # Of the samples; there are many distances, and a GPU is quick at them
-        features,device = self.samples.features,self.extractor.device
+        features, device = self.samples.features, self.extractor.device
         return features.to(device) if device.type == "cuda" else features
 
     def kernel_distance(self):
@@ -196,15 +198,17 @@ class _Comparison:
         return precision_recall(features, self.reference_features, k=self.options.k, **self.origin)
 
     def distances_per_class(self):
-        labels,reference_labels = np.array(self.images.labels),np.array(self.reference.images.labels)
+        labels, reference_labels = np.array(self.images.labels), np.array(self.reference.images.labels)
         measures = per_class_fd(self.samples.features, labels, self.reference_features, reference_labels,
                                 metric=self.name, **self.origin)
         names = self.reference.images.classes
         return [replace(m, metric=f"{self.name}/{names[c]}") for c,m in measures.items()]
 
-def _take_figures(evaluation, extractor, images, source, options): # Of one extractor, as many as there can be
-    reference_rows = bool({"kid", "precision_recall", "per_class"} & set(options.asked))
-    reference,features = _see_reference(source, extractor, reference_rows, options.batch_size)
+def _take_figures(evaluation, extractor, images, stored, reference_images, options): # As many as there can be
+    keep_features = bool({"kid", "precision_recall", "per_class"} & set(options.asked))
+    if stored is None: seen = _see_reference(reference_images, extractor, keep_features, options.batch_size)
+    else: seen = _read_reference(stored, extractor, keep_features, options.batch_size)
+    reference, features = seen
     if reference.images is not None: evaluation.about["reference_size"] = _size_of(reference.images)
     possible = []
     for metric in options.asked:
@@ -221,8 +225,7 @@ def _take_figures(evaluation, extractor, images, source, options): # Of one extr
 def _size_of(images): return "%d×%d" % tuple(images.batch(np.arange(1)).shape[2:])
 
 # %% ../../nbs/79_metrics.generation.ipynb #735229e2
-def _how_drawn(samples, images, label_sampling): # As the files say, or else the caller, or else the labels
-    drawn = how_drawn(samples)
+def _with_label_sampling(drawn, images, label_sampling): # As the files say, or else the caller, or else the labels
     recorded = drawn["label_sampling"]
     if not recorded.startswith("not said"):
         if label_sampling not in ("", recorded):
@@ -235,10 +238,10 @@ def _how_drawn(samples, images, label_sampling): # As the files say, or else the
         drawn["label_sampling"] = f"{recorded}; {len(counts)} classes of {counts.min()} to {counts.max()} images"
     return drawn
 
-def _check_sizes(images, source, asked, k):
-    if not isinstance(source, Path) and len(source) < 2:
-        raise DataError(f"{source.name} holds {len(source)} image; a covariance needs at least 2")
-    sizes = [len(o) for o in (images, source) if not isinstance(o, Path)]
+def _check_sizes(images, reference_images, asked, k):
+    sizes = [len(o) for o in (images, reference_images) if o is not None]
+    if reference_images is not None and len(reference_images) < 2:
+        raise DataError(f"{reference_images.name} holds {sizes[1]} image; a covariance needs at least 2")
     if "precision_recall" in asked and min(sizes) <= k:
         raise DataError(f"precision and recall look at {k} neighbours, so both sets need more than {k} images; "
                         f"got {' and '.join(map(str, sizes))}: "
@@ -265,11 +268,12 @@ def evaluate_generation(
     asked = [*(generation_metrics if metrics is None else metrics), *["infinity"]*infinity, *["per_class"]*per_class]
     required = {"per_class"} if metrics is None else set(asked)
     options = _Options(asked, required, repeats, splits, k, seed, batch_size)
-    images,extractors = open_images(samples),list(extractors)
-    drawn = _how_drawn(samples, images, label_sampling)
+    images, extractors = open_images(samples), list(extractors)
+    drawn = _with_label_sampling(how_drawn(samples), images, label_sampling)
     out = Evaluation.begin("generation", extractors[0].device, "fp32",
                            images=name_and_fingerprint(images), size=_size_of(images), **drawn)
-    source = Path(reference).expanduser() if _holds_statistics(reference) else open_images(reference, size)
-    _check_sizes(images, source, asked, k)
-    for extractor in extractors: _take_figures(out, extractor, images, source, options)
+    stored = Path(reference).expanduser() if _holds_statistics(reference) else None
+    reference_images = open_images(reference, size) if stored is None else None
+    _check_sizes(images, reference_images, asked, k)
+    for extractor in extractors: _take_figures(out, extractor, images, stored, reference_images, options)
     return out

@@ -43,8 +43,8 @@ def open_latents(
 # %% ../../nbs/80_metrics.latent_evaluation.ipynb #7a963c05
 def _evenness(z, runs, seed, perplexity):
     u = uniformity(z, len(z), runs, seed, perplexity)
-    published = {k: u[k] for k in ("runs", "perplexity", "protocol", "tsne")}
-    settings = dict.fromkeys(("density_cv", "gini", "normalised_entropy"), published)
+    tsne_settings = {k: u[k] for k in ("runs", "perplexity", "protocol", "tsne")}
+    settings = dict.fromkeys(("density_cv", "gini", "normalised_entropy"), tsne_settings)
     settings["knn_distance_cv"] = dict(k=5, runs=runs)
     measures = []
     for metric,s in settings.items():
@@ -54,7 +54,7 @@ def _evenness(z, runs, seed, perplexity):
     return measures
 
 def _rank_and_frequencies(z):
-    n,channels = z.shape[:2]
+    n, channels = z.shape[:2]
     z = channel_normalised(z)
     return [Measure("effective_rank", effective_rank(z), n, "none", "none", settings=dict(of=channels)),
             Measure("high_frequency", high_frequency_share(z).mean().item(), n, "none", "none")]
@@ -68,7 +68,7 @@ def evaluate_latents(
 )->Evaluation:
     "Uniformity as published, its t-SNE-free companion, effective rank and high frequencies"
     if isinstance(latents, Latents): about = dict(images=latents.name, tokenizer="not said")
-    else: latents,about = open_latents(latents)
+    else: latents, about = open_latents(latents)
     out = Evaluation.begin("latents", torch.device("cpu"), "fp32", **about,
                            shape="×".join(map(str, latents.shape)), of=len(latents), seed=seed)
     chosen = torch.randperm(len(latents), generator=generator(seed, "uniformity, images"))[:n]

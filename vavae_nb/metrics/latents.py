@@ -28,7 +28,7 @@ def channel_normalised(
 )->Tensor:          # The same shape, float64
     "Each channel with mean 0 and variance 1 over images and positions; a constant channel is 0"
     z = _checked_latents(latents)
-    std,mean = torch.std_mean(z, (0, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(z, (0, 2, 3), keepdim=True)
     return torch.where(std > 1e-6*mean.abs(), (z-mean)/std, 0.)
 
 # %% ../../nbs/44_metrics.latents.ipynb #91aa3eac
@@ -45,12 +45,12 @@ def effective_rank(
 # %% ../../nbs/44_metrics.latents.ipynb #cce4bc24
 def radial_spectrum(
     latents:Tensor, # (n, d, h, w)
-)->tuple[Tensor,Tensor]: # Frequencies in cycles per position, (k,); each channel's mean power in each ring, (d, k)
+)->tuple[Tensor,Tensor]: # Frequencies in cycles per position, (k,); each channel's power in each ring, (d, k)
     "How a channel's mean square is divided over the lengths of the frequency"
     z = _checked_latents(latents)
-    h,w = z.shape[2:]
+    h, w = z.shape[2:]
     power = torch.fft.fft2(z, norm="ortho").abs().square().mean(0)/(h*w)
-    fy,fx = torch.meshgrid(torch.fft.fftfreq(h), torch.fft.fftfreq(w), indexing="ij")
+    fy, fx = torch.meshgrid(torch.fft.fftfreq(h), torch.fft.fftfreq(w), indexing="ij")
     ring = (torch.hypot(fy, fx)*max(h, w)).round().long().flatten()
     rings = torch.arange(int(ring.max())+1)
     empty = torch.zeros(len(power), len(rings), dtype=power.dtype)
@@ -60,12 +60,12 @@ def high_frequency_share(
     latents:Tensor, # (n, d, h, w)
 )->Tensor:          # (d,) in [0, 1]; 0 for a channel that is zero
     "The part of each channel's mean square at frequencies of 1/4 and above, half of the highest along an axis"
-    f,power = radial_spectrum(latents)
+    f, power = radial_spectrum(latents)
     return power[:, f >= .25].sum(1)/power.sum(1).clamp_min(torch.finfo(power.dtype).tiny)
 
 # %% ../../nbs/44_metrics.latents.ipynb #4fe5e3b8
 def _probe_data(latents, labels, every): # Training and held-out latents and labels; standardised by the training part
-    z,y = _checked_latents(latents).flatten(1),torch.as_tensor(labels)
+    z, y = _checked_latents(latents).flatten(1), torch.as_tensor(labels)
     if y.shape != z.shape[:1] or y.is_floating_point():
         raise ShapeError(f"{len(z)} latents need as many whole-number labels; got {y.dtype} of shape {tuple(y.shape)}")
     test = torch.from_numpy(held_out(y.cpu().numpy(), every))
@@ -73,7 +73,7 @@ def _probe_data(latents, labels, every): # Training and held-out latents and lab
     if set(y[test].tolist())-set(y[~test].tolist()) or len(y[~test].unique()) < 2:
         raise DataError("a probe needs images of two classes or more in training, and of each class that is held out; "
                         f"got {len(y)} images of {len(y.unique())} classes")
-    std,mean = torch.std_mean(z[~test], 0)
+    std, mean = torch.std_mean(z[~test], 0)
     z = torch.where(std > 1e-6*mean.abs(), (z-mean)/std, 0.)
     return (z[~test], y[~test]), (z[test], y[test])
 
@@ -84,10 +84,10 @@ def linear_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Closed-form ridge regression of the flat latent on one-hot classes; the largest output is the answer"
-    (x,y),(x_test,y_test) = _probe_data(latents, labels, every)
+    (x,y), (x_test,y_test) = _probe_data(latents, labels, every)
     if not lam > 0: raise DataError(f"a ridge penalty must be greater than 0; got {lam}")
     target = torch.nn.functional.one_hot(y, int(max(y.max(), y_test.max()))+1).double()
-    mean,penalty = target.mean(0),lam*len(x) # x is centred, so the intercept is the mean
+    mean, penalty = target.mean(0), lam*len(x) # x is centred, so the intercept is the mean
     if x.shape[1] <= len(x):
         W = torch.linalg.solve(x.T@x+penalty*torch.eye(x.shape[1], dtype=x.dtype), x.T@(target-mean))
     else:
@@ -101,8 +101,8 @@ def knn_probe(
     every:int=4,    # One image of so many of each class is held out
 )->float:           # Accuracy on the held-out images
     "Vote of the k nearest training latents; of equal votes the lowest class wins"
-    (x,y),(x_test,y_test) = _probe_data(latents, labels, every)
-    _,neighbours = nearest_neighbours(x_test, x, min(k, len(x)))
+    (x,y), (x_test,y_test) = _probe_data(latents, labels, every)
+    _, neighbours = nearest_neighbours(x_test, x, min(k, len(x)))
     votes = torch.nn.functional.one_hot(y[neighbours], int(y.max())+1).sum(1)
     return (votes.argmax(1) == y_test).double().mean().item()
 
@@ -111,7 +111,7 @@ def _centred_pair(a, b): # float64, rows of the same things
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
         raise ShapeError("alignment compares (n, d) with (n, D), row by row; "
                          f"got {tuple(a.shape)} and {tuple(b.shape)}")
-    a,b = a.detach().cpu().double(),b.detach().cpu().double()
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
     if not (a.isfinite().all() and b.isfinite().all()): raise DataError("vectors hold NaN or infinite entries")
     return a-a.mean(0), b-b.mean(0)
 
@@ -120,13 +120,13 @@ def linear_cka(
     b:Tensor, # (n, D), rows of the same things
 )->float:     # In [0, 1]
     "Linear centred kernel alignment; Kornblith et al. 2019, eq. 2 to 4"
-    a,b = _centred_pair(a, b)
+    a, b = _centred_pair(a, b)
     within = (a.T@a).norm()*(b.T@b).norm()
     if not within > 0: raise DataError("one of the two sets is constant; its alignment is not defined")
     return ((b.T@a).norm().square()/within).item()
 
 def _neighbourhoods(x, k): # Which rows are among each row's k nearest, (n, n)
-    _,nearest = nearest_neighbours(x, x, k, leave_one_out=True)
+    _, nearest = nearest_neighbours(x, x, k, leave_one_out=True)
     return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, nearest, True)
 
 def mutual_knn(
@@ -135,7 +135,7 @@ def mutual_knn(
     k:int=10,  # Neighbours
 )->float:      # In [0, 1]; k/(n−1) for unrelated sets
     "Mean share of common nearest neighbours; Huh et al. 2024, sec. 2"
-    a,b = _centred_pair(a, b)
+    a, b = _centred_pair(a, b)
     return ((_neighbourhoods(a, k) & _neighbourhoods(b, k)).sum()/(k*len(a))).item()
 
 # %% ../../nbs/44_metrics.latents.ipynb #f0474142
@@ -143,7 +143,8 @@ def _one_position(maps, seed): # A vector from one position of each image, the s
     return latent_vectors(maps, len(maps), generator(seed, "dashboard"))
 
 def _alignment(z, features, seed):
-    if features.shape[::2] != z.shape[::2] or features.shape[3:] != z.shape[3:]:
+    n_h_w, own_n_h_w = (maps.shape[:1]+maps.shape[2:] for maps in (features, z))
+    if n_h_w != own_n_h_w:
         raise ShapeError(f"features {tuple(features.shape)} are not on the grid of latents {tuple(z.shape)}; "
                          "give (n, D, h, w)")
     features = features.cpu()

@@ -32,7 +32,7 @@ def psnr(
     y:Tensor, # Their reconstructions, the same shape and range
 )->Tensor:    # Decibels, (b,); infinite for equal images
     "Peak signal-to-noise ratio of each image, 10·log10(2² / MSE)"
-    x,y = _checked_pair(x, y)
+    x, y = _checked_pair(x, y)
     return 10*torch.log10(4/(x-y).square().flatten(1).mean(1))
 
 # %% ../../nbs/41_metrics.quality.ipynb #26bc43f0
@@ -49,18 +49,18 @@ def ssim(
     sigma:float=1.5,   # Standard deviation of its Gaussian weights, in pixels
 )->Tensor:             # (b,) in [−1, 1]; 1 for equal images
     "Structural similarity of each image; Wang et al. 2004, eq. 13"
-    x,y = _checked_pair(x, y)
-    h,w = x.shape[2:]
+    x, y = _checked_pair(x, y)
+    h, w = x.shape[2:]
     if min(h, w) < size: raise ShapeError(f"SSIM looks through {size}×{size} windows; images of {h}×{w} are smaller")
-    if not signed: x,y = x+1,y+1
-    if border: x,y = (F.pad(im, [size//2]*4, mode="reflect") for im in (x, y))
+    if not signed: x, y = x+1, y+1
+    if border: x, y = (F.pad(im, [size//2]*4, mode="reflect") for im in (x, y))
     g = torch.exp(-(torch.arange(size)-(size-1)/2).square()/(2*sigma**2))
     g = (g/g.sum()).tolist()
     products = torch.stack([x, y, x*x, y*y, x*y])
     means = _weighted_windows(_weighted_windows(products, g, -1), g, -2).flatten(2)
-    mx,my = means[:2]
-    xx,yy,xy = means[2:]
-    c1,c2 = (.01*2)**2, (.03*2)**2 # (K·L)², data range L = 2
+    mx, my = means[:2]
+    xx, yy, xy = means[2:]
+    c1, c2 = (.01*2)**2, (.03*2)**2 # (K·L)², data range L = 2
     above = (2*mx*my + c1)*(2*(xy-mx*my) + c2)
     below = (mx*mx + my*my + c1)*(xx-mx*mx + yy-my*my + c2)
     return (above/below).mean(1)
@@ -97,7 +97,7 @@ def as_features(
 # %% ../../nbs/41_metrics.quality.ipynb #8d668614
 class FeatureStats:
     "Count, mean and covariance of features that arrive in batches, in float64; Chan, Golub & LeVeque 1983, eq. 2.1"
-    def __init__(self): self.n,self.mean,self.scatter = 0,None,None
+    def __init__(self): self.n, self.mean, self.scatter = 0, None, None
 
     @classmethod
     def of(cls, features:Tensor|np.ndarray)->"FeatureStats": # (n, dim)
@@ -111,13 +111,14 @@ class FeatureStats:
         n:int,                  # Features behind them
     )->"FeatureStats":
         "Statistics that somebody else has counted, such as `mu` and `sigma` of a reference file"
-        mean,cov = as_features(torch.as_tensor(mean)[None])[0],as_features(cov)
+        mean, cov = as_features(torch.as_tensor(mean)[None])[0], as_features(cov)
         if cov.shape != (len(mean), len(mean)) or n < 2:
             raise ShapeError("moments are a mean (dim,), a covariance (dim, dim) and at least 2 features; "
                              f"got {tuple(mean.shape)}, {tuple(cov.shape)}, n={n}")
         if (cov-cov.T).abs().max() > 1e-6*cov.abs().max(): raise DataError("a covariance is symmetric; this one is not")
         stats = cls()
-        stats.n,stats.mean,stats.scatter = n,mean,(cov+cov.T)*((n-1)/2)
+        stats.n, stats.mean = n, mean
+        stats.scatter = (cov+cov.T)*((n-1)/2) # Symmetric to the last bit: the mean of both triangles, times n − 1
         return stats
 
     def update(self, features:Tensor|np.ndarray)->"FeatureStats": # (b, dim)
@@ -125,7 +126,7 @@ class FeatureStats:
         f = as_features(features, self.dim)
         if not len(f): return self
         batch = FeatureStats()
-        batch.n,batch.mean = len(f),f.mean(0)
+        batch.n, batch.mean = len(f), f.mean(0)
         f = f-batch.mean
         batch.scatter = f.T@f
         return self.merge(batch)
@@ -134,11 +135,11 @@ class FeatureStats:
         "Take in what another process or batch has counted; `other` is unchanged"
         if not other.n: return self
         if not self.n:
-            self.n,self.mean,self.scatter = other.n,other.mean.clone(),other.scatter.clone()
+            self.n, self.mean, self.scatter = other.n, other.mean.clone(), other.scatter.clone()
             return self
         if self.dim != other.dim:
             raise ShapeError(f"statistics of {self.dim} and {other.dim} dimensions cannot be merged; use one extractor")
-        delta,n = other.mean-self.mean,self.n+other.n
+        delta, n = other.mean-self.mean, self.n+other.n
         self.scatter += other.scatter + torch.outer(delta, delta)*(self.n*other.n/n)
         self.mean = self.mean + delta*(other.n/n)
         self.n = n
@@ -156,7 +157,7 @@ class FeatureStats:
 
 # %% ../../nbs/41_metrics.quality.ipynb #fdc68849
 def _factor(cov): # A with A Aᵀ = cov and as many columns as its rank, by Cholesky with pivoting
-    c,order,rank = dpstrf(cov.numpy(), lower=1)[:3]
+    c, order, rank = dpstrf(cov.numpy(), lower=1)[:3]
     A = np.empty((len(c), rank))
     A[order-1] = np.tril(c)[:, :rank]
     return torch.from_numpy(A)
@@ -166,10 +167,10 @@ def frechet_distance(
     b:FeatureStats, # Of the other, by the same extractor
 )->float:           # At least 0; in squared units of the features
     "Squared 2-Wasserstein distance between the Gaussians of these means and covariances; Dowson & Landau 1982, eq. 4"
-    if a.dim != b.dim and a.n and b.n:
+    if None not in (a.dim, b.dim) and a.dim != b.dim: # `None`: empty, which `cov` refuses
         raise ShapeError(f"features of {a.dim} and {b.dim} dimensions cannot be compared; use one extractor for both")
     moments = [(s.n, s.cov.trace().item(), s.cov) for s in (a, b)]
-    (_,t1,S1),(_,t2,S2) = sorted(moments, key=lambda m: m[:2]) # Fewest samples, lowest rank
+    (_,t1,S1), (_,t2,S2) = sorted(moments, key=lambda m: m[:2]) # Fewest samples, lowest rank
     A = _factor(S1)
     fidelity = torch.linalg.eigvalsh(A.T@S2@A).clamp_min(0).sqrt().sum().item() # tr (S1^½ S2 S1^½)^½
     return max((a.mean-b.mean).square().sum().item()+t1+t2-2*fidelity, 0.)
@@ -229,7 +230,7 @@ def nearest_neighbours(
     if leave_one_out and len(a) != len(b):
         raise ShapeError(f"leave one out compares a set with itself; got {len(a)} and {len(b)} rows")
     if not 1 <= k <= candidates: raise ShapeError(f"{k} neighbours asked for among {candidates} candidates")
-    distances,rows = [],[]
+    distances, rows = [], []
     for i in range(0, len(a), chunk):
         d = torch.cdist(a[i:i+chunk], b)
         if leave_one_out: d[torch.arange(len(d)), torch.arange(i, i+len(d))] = math.inf

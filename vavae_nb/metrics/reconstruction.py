@@ -27,7 +27,6 @@ from ..tokenizer.perceptual import LPIPS
 # %% ../../nbs/78_metrics.reconstruction.ipynb #cf25d059
 def _as_stored(images): return to_uint8(images).permute(0, 3, 1, 2).float()/127.5-1 # Of 256 levels
 
-@torch.no_grad()
 def reconstructions(
     tok:Autoencoder,      # On the device where it should run
     images:Any,           # With `len` and `batch`, as `data.Images`
@@ -37,11 +36,15 @@ def reconstructions(
     precision:str="fp32", # Of the tokenizer: `fp32`, `bf16` or `auto`
 )->Iterator[tuple[Tensor,Tensor]]: # Images and reconstructions, (b, 3, H, W) in [−1, 1], of 256 levels
     "Images, and what a tokenizer makes of them, as files hold it; for each process its part of `shared_batches`"
+    for x,y,_ in _joinable(tok, images, latent, seed, batch_size, precision): yield x, y
+
+@torch.no_grad()
+def _joinable(tok, images, latent, seed, batch_size, precision): # `reconstructions`, and what joins their rows
     if latent not in ("mode", "sample"): raise ConfigError(unknown_name("latent", latent, ("mode", "sample")))
-    device,batches = tok.encoder_last.device,shared_batches(len(images), batch_size)
+    device, batches = tok.encoder_last.device, shared_batches(len(images), batch_size)
     if len(batches) > 8 and is_first(): batches = progress(batches, "reconstructions", unit="batch")
     with evaluating(tok):
-        for rows,_ in batches:
+        for rows,join_rows in batches:
             indices = np.arange(rows.start, rows.stop)
             x = images.batch(indices).to(device)
             with autocast(device, precision):
@@ -49,30 +52,30 @@ def reconstructions(
                 if latent == "mode": z = posterior.mode()
                 else:
                     noise = ImageNoise(seed, indices, posterior.mean.shape[1:], device, "reconstruction")
-                    z = posterior.mean+posterior.std*noise()
+                    z = posterior.sample(noise())
                 y = tok.decode_raw(z).float()
             if not y.isfinite().all():
                 raise DataError(f"of the reconstructions of images {indices[0]} to {indices[-1]} some are not finite "
                                 f"in {precision}; try fp32, then check the tokenizer's weights")
-            yield _as_stored(x), _as_stored(y)
+            yield _as_stored(x), _as_stored(y), join_rows
 
 # %% ../../nbs/78_metrics.reconstruction.ipynb #272ca280
 class _Pairs:
     "What one extractor sees of images and their reconstructions"
     def __init__(self, extractor, keep_rows):
-        self.extractor,self.keep_rows = extractor,keep_rows
-        self.images,self.reconstructions = FeatureStats(),FeatureStats()
+        self.extractor, self.keep_rows = extractor, keep_rows
+        self.images, self.reconstructions = FeatureStats(), FeatureStats()
         self.rows = [] # Features of an image and of its reconstruction, side by side
 
-    def update(self, x, y, together): # `together` joins the rows of all processes
-        a,b = (together(self.extractor(o)).cpu() for o in (x, y))
+    def update(self, x, y, join_rows): # `join_rows`: of all processes
+        a, b = (join_rows(self.extractor(o)).cpu() for o in (x, y))
         self.images.update(a)
         self.reconstructions.update(b)
         if self.keep_rows: self.rows.append(torch.cat([a, b], 1))
 
     def distance(self, name, repeats, seed):
         def distance_of_rows(rows):
-            a,b = rows.chunk(2, 1)
+            a, b = rows.chunk(2, 1)
             return frechet_distance(FeatureStats.of(a), FeatureStats.of(b))
         error = sampling_error(distance_of_rows, torch.cat(self.rows), repeats, seed) if repeats else None
         metric = "rfid" if self.extractor.name == "inception" else "rfd"
@@ -80,7 +83,7 @@ class _Pairs:
         return replace(measure, settings=error_settings(repeats, seed))
 
 def _mean(metric, values, extractor, name): # Over images, with its standard error
-    n,values = len(values),values.double()
+    n, values = len(values), values.double()
     error = values.std().item()/math.sqrt(n) if n > 1 else None
     return Measure(metric, values.mean().item(), n, extractor, name, n_reference=n, standard_error=error)
 
@@ -98,17 +101,16 @@ def evaluate_reconstruction(
 )->Evaluation:
     "rFID, PSNR, SSIM and LPIPS of a tokenizer, with all that they depend on; several processes share the work"
     if not len(images): raise DataError(f"{images.name} holds no images to reconstruct")
-    device,name = tok.encoder_last.device,name_and_fingerprint(images)
+    device, name = tok.encoder_last.device, name_and_fingerprint(images)
     out = Evaluation.begin("reconstruction", device, precision, images=name, size="", tokenizer=tok.fingerprint(),
                            latent=f"{latent} of the posterior, images of 8 bits", seed=seed)
     metrics = dict(psnr=psnr, ssim=ssim)
     if lpips != "none": metrics["lpips"] = LPIPS(lpips).to(device)
-    values,all_pairs = {k: [] for k in metrics},[_Pairs(e, bool(repeats)) for e in extractors]
-    pairs = reconstructions(tok, images, latent, seed, batch_size, precision)
-    for (x,y),(_,together) in zip(pairs, shared_batches(len(images), batch_size)):
+    values, all_pairs = {k: [] for k in metrics}, [_Pairs(e, bool(repeats)) for e in extractors]
+    for x,y,join_rows in _joinable(tok, images, latent, seed, batch_size, precision):
         out.about["size"] = "%d×%d" % tuple(x.shape[2:])
-        for k,metric in metrics.items(): values[k].append(together(metric(x, y).flatten().detach()).cpu())
-        for p in all_pairs: p.update(x, y, together)
+        for k,metric in metrics.items(): values[k].append(join_rows(metric(x, y).flatten().detach()).cpu())
+        for p in all_pairs: p.update(x, y, join_rows)
     for k in metrics:
         sha256 = weights_sha256(lpips) if k == "lpips" else "none"
         network = f"LPIPS v0.1 ({lpips}), weights {sha256[:16]}" if k == "lpips" else "none"

@@ -38,7 +38,7 @@ def _inspect(path): # The hash of a file, and the mode and size of its image
 def _refuse_odd_ones(root, paths, values, wanted, fix): # Images that are not as the others are, by their modes or sizes
     odd = [(path, v) for path,v in zip(paths, values) if v != wanted]
     if odd:
-        path,value = odd[0]
+        path, value = odd[0]
         raise DataError(f"{len(odd)} of {len(paths)} images under {root} are not {wanted}, "
                         f"such as {path.name} ({value}); "
                         f"{fix} first, or use vavae_nb.data.folders.folder(root, size)")
@@ -49,13 +49,13 @@ class ImageFolder:
         root:str|Path, # All must be RGB and of one size
         workers:int=0, # Decoding threads; 0: one a core
     ):
-        self.root,self.workers = Path(root),workers or os.cpu_count()
+        self.root, self.workers = Path(root), workers or os.cpu_count()
         files = (p for p in self.root.rglob("*") if not p.name.startswith("."))
         self.paths = sorted(p for p in files if p.suffix.lower() in image_endings)
         if not self.paths: raise DataError(f"no images under {root} (endings looked for: {' '.join(image_endings)})")
         with ThreadPoolExecutor(self.workers) as pool:
             inspected = progress(pool.map(_inspect, self.paths), "reading images", len(self.paths), "image")
-            digests,modes,sizes = zip(*inspected)
+            digests, modes, sizes = zip(*inspected)
         sizes = ["%d×%d" % s for s in sizes]
         _refuse_odd_ones(root, self.paths, modes, "RGB", "convert them, Image.convert('RGB'),")
         _refuse_odd_ones(root, self.paths, sizes, sizes[0], "crop them to one size")
@@ -63,7 +63,7 @@ class ImageFolder:
         class_names = [p[0] if len(p) > 1 else "" for p in parts]
         self.classes = sorted(set(class_names))
         self.labels = np.array([self.classes.index(c) for c in class_names])
-        self.name,self.fingerprint = self.root.resolve().name,hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+        self.name, self.fingerprint = self.root.resolve().name, hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     def __len__(self): return len(self.paths)
     def __repr__(self): return f"ImageFolder({self.name}: {len(self)} images, {len(self.classes)} classes)"
@@ -123,7 +123,7 @@ class StoredStats(FeatureStats):
     "Mean and covariance as a file stores them; not of how many images, so `n` is 0 and nothing can be added"
     def __init__(self, mean, cov): # (dim,), (dim, dim)
         super().__init__()
-        self.mean,self.stored = (torch.as_tensor(a, dtype=torch.float64) for a in (mean, cov))
+        self.mean, self.stored = (torch.as_tensor(a, dtype=torch.float64) for a in (mean, cov))
 
     @property
     def cov(self)->Tensor: return self.stored
@@ -134,7 +134,7 @@ class StoredStats(FeatureStats):
 def _stats_to_tensors(stats, end=""): return {} if stats is None else {f"mean{end}": stats.mean, f"cov{end}": stats.cov}
 
 def _stats_from_tensors(tensors, n, end=""): # `None` where they are not there
-    mean,cov = tensors.get(f"mean{end}"),tensors.get(f"cov{end}")
+    mean, cov = tensors.get(f"mean{end}"), tensors.get(f"cov{end}")
     if mean is None or cov is None: return None
     return FeatureStats.from_moments(mean, cov, n) if n else StoredStats(mean, cov)
 
@@ -182,13 +182,13 @@ class Reference:
 
 # %% ../../nbs/76_metrics.reference.ipynb #35a91b45
 def _read_saved(path, extractor, images=None):
-    tensors,meta = load_tensors(path)
+    tensors, meta = load_tensors(path)
     if meta.get("kind") != _kind: raise DataError(f"{path} is not a saved reference")
     kinds = dict(name=str, fingerprint=str, extractor=str, n=int, note=str)
     complete = {"mean", "cov"} <= tensors.keys() and ("mean_s" in tensors) == ("cov_s" in tensors)
     if not complete or not all(isinstance(meta.get(k), kind) for k,kind in kinds.items()):
         raise DataError(f"{path} lacks a part of a saved reference; save it again")
-    stats,spatial = (_stats_from_tensors(tensors, meta["n"], end) for end in ("", "_s"))
+    stats, spatial = (_stats_from_tensors(tensors, meta["n"], end) for end in ("", "_s"))
     reference = Reference(meta["name"], meta["fingerprint"], meta["extractor"], stats, spatial, images, meta["note"])
     return reference.check(extractor)
 
@@ -211,7 +211,7 @@ def _read_adm(path, extractor, names):
     moments = _read_moments(path, names, "", extractor.dim)
     if len(moments) < 2: raise DataError(f"{path} holds mu or sigma, but not both")
     moments |= _read_moments(path, names, "_s", extractor.spatial_dim)
-    stats,spatial = (_stats_from_tensors(moments, 0, end) for end in ("", "_s"))
+    stats, spatial = (_stats_from_tensors(moments, 0, end) for end in ("", "_s"))
     images = load_images(path) if "arr_0" in names else None
     return Reference(path.name, remembered_sha256(path)[:16], extractor.key, stats, spatial, images,
                      "statistics as stored in the file")
@@ -219,7 +219,8 @@ def _read_adm(path, extractor, names):
 # %% ../../nbs/76_metrics.reference.ipynb #b431e14a
 def _measured(images, extractor, batch_size): # A reference's statistics, streamed
     with_spatial = bool(extractor.spatial_dim)
-    stats,spatial = FeatureStats(),FeatureStats() if with_spatial else None
+    stats = FeatureStats()
+    spatial = FeatureStats() if with_spatial else None
     for pooled,*maps in feature_batches(extractor, images, batch_size, spatial=with_spatial):
         stats.update(pooled)
         if with_spatial: spatial.update(maps[0])

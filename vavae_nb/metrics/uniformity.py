@@ -26,7 +26,7 @@ def latent_vectors(
 )->Tensor:                               # (n, d), each channel with mean 0 and variance 1
     "One latent vector from a random position of each of `n` images, normalised channel by channel"
     if latents.ndim != 4: raise ShapeError(f"latents must be (n, d, h, w); got {tuple(latents.shape)}")
-    N,(h,w) = len(latents),latents.shape[2:]
+    N, (h,w) = len(latents), latents.shape[2:]
     if not 2 <= n <= N:
         raise DataError(f"one vector an image is taken, so n must be between 2 and the {N} latents given; got n={n}")
     device = generator.device if generator is not None else "cpu"
@@ -34,8 +34,8 @@ def latent_vectors(
     position = torch.randint(h*w, (n,), generator=generator, device=device).to(latents.device)
     v = latents[image, :, position//w, position%w].float()
     if not v.isfinite().all(): raise DataError("latents hold NaN or infinite entries; check the tokenizer")
-    std,mean = torch.std_mean(v, 0)
-    constant = ~(std > 1e-6*mean.abs()) # Carries nothing: 0, not rounding error / 0
+    std, mean = torch.std_mean(v, 0)
+    constant = ~(std > 1e-6*mean.abs()) # Such a channel is 0, not its rounding error over its tiny spread
     return torch.where(constant, torch.zeros_like(v), (v-mean)/std)
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #7a0c2426
@@ -57,8 +57,8 @@ def tsne_2d(
 
 # %% ../../nbs/42_metrics.uniformity.ipynb #11858eff
 def _covariance_root(x): # Lower triangular L with L Lᵀ the covariance of the rows
-    n,d = x.shape
-    L,failed = torch.linalg.cholesky_ex(x.T.cov().reshape(d, d)) if n > d else (None, 1)
+    n, d = x.shape
+    L, failed = torch.linalg.cholesky_ex(x.T.cov().reshape(d, d)) if n > d else (None, 1)
     if failed or not x.isfinite().all() or (L.diagonal() <= 1e-7*x.std(0)).any(): # 1e-7: a variance of rounding error
         raise DataError("a density needs finite points that do not all lie on a line; "
                         f"got {n} points in {d} dimensions whose covariance is singular")
@@ -71,10 +71,10 @@ def kde_at_points(
     "Gaussian kernel density of the points at the points, bandwidth by Scott's rule"
     if points.ndim != 2: raise ShapeError(f"points must be (n, d); got {tuple(points.shape)}")
     x = points.detach().cpu().double()
-    n,d = x.shape
+    n, d = x.shape
     L = _covariance_root(x)*n**(-1/(d+4)) # Scott: bandwidth n^(−1/(d+4)) in units of the covariance
     z = torch.linalg.solve_triangular(L, (x-x.mean(0)).T, upper=False).T
-    half,one = -.5*z.square().sum(1, keepdim=True),torch.ones(n, 1, dtype=z.dtype)
+    half, one = -.5*z.square().sum(1, keepdim=True), torch.ones(n, 1, dtype=z.dtype)
     left = torch.cat([z, half, one], 1).split(chunk)  # left_i · right_j = −‖z_i − z_j‖²/2
     right = torch.cat([z, one, half], 1).split(chunk)
     sums = list(z.new_zeros(n).split(chunk))
@@ -111,7 +111,7 @@ def gini(
 def normalised_entropy(
     p:Tensor, # Densities at the points, (n,)
 )->float:     # 1 for equal densities, 0 if one point has all
-    "Entropy of the densities' shares, over its maximum log2(n)"
+    "Entropy of the densities' shares, over its maximum log n"
     p = _as_density(p)
     return (torch.special.entr(p/p.sum()).sum()/math.log(len(p))).item()
 
@@ -165,7 +165,7 @@ def plot_density(
     "The points, coloured by their density over its mean"
     if ax is None: ax = plt.subplots(figsize=(3.2, 2.8))[1]
     p = density/density.mean()
-    size,largest = max(1., 4000/len(p)),max(2., p.max().item())
+    size, largest = max(1., 4000/len(p)), max(2., p.max().item())
     dots = ax.scatter(*points.T, c=p, s=size, vmin=0, vmax=largest, cmap="viridis", lw=0)
     ax.figure.colorbar(dots, ax=ax, label="density / mean")
     ax.set(xticks=[], yticks=[])

@@ -84,19 +84,20 @@ def image_batches(
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     shape = (model.in_channels, model.input_size, model.input_size)
     sampler = _latent_sampler(model, sampling, path, prediction, guided, points)
-    def draw(labels, first): # For no labels only the checks
+    def draw(part, first): # Of no labels nothing is drawn; the settings are checked
         with torch.no_grad(), evaluating(tok), autocast(device, precision):
-            z = sampler(model, labels, shape, seed=seed, first_index=first, batch_size=len(labels) or 1, device=device)
+            z = sampler(model, part, shape, seed=seed, first_index=first, batch_size=len(part) or 1, device=device)
             x = tok.decode(z.float()) if len(z) else z
         if not x.isfinite().all():
-            raise VavaeError(f"of the images {first}…{first+len(labels)-1} some are not finite, "
+            raise VavaeError(f"of the images {first}…{first+len(part)-1} some are not finite, "
                              "though their latents are; check the tokenizer's weights, then try fp32")
         return to_uint8(x).cpu().numpy()
     draw(labels[:0], first_index) # Before any work
-    n,batches = len(labels),-(-len(labels)//batch_size)
+    n = len(labels)
+    batches = -(-n//batch_size) # Rounded up
     with progress_bar(desc="sampling", total=n, unit="image") if progress else nullcontext() as bar:
         for i in range(batches):
-            start,stop = n*i//batches,n*(i+1)//batches
+            start, stop = n*i//batches, n*(i+1)//batches
             yield draw(labels[start:stop], first_index+start)
             if bar is not None: bar.update(stop-start)
 
@@ -109,7 +110,7 @@ def generate_images(
     **kw,               # Any other argument of `image_batches`
 )->np.ndarray:          # uint8 (n, H, W, 3)
     "Images for labels as one array"
-    images,done = None,0
+    images, done = None, 0
     for x in image_batches(model, tok, labels, sampling, **kw):
         if images is None: images = np.empty((len(labels), *x.shape[1:]), np.uint8) # One array, never two of all
         images[done:done+len(x)] = x
@@ -120,7 +121,7 @@ def generate_images(
 # %% ../../nbs/72_sampling.drawing.ipynb #b5660222
 def _check_stats(tok, path): # Two statistics of one tokenizer
     old = torch.cat([tok.latent_mean.flatten(), tok.latent_std.flatten()])
-    mean,std = load_latent_stats(path)
+    mean, std = load_latent_stats(path)
     new = torch.cat([mean.flatten(), std.flatten()])
     if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-4, atol=1e-5):
         raise CheckpointError(f"{path} differs from the statistics that the tokenizer carries; "
@@ -133,7 +134,8 @@ def load_pair(
     latent_stats:str|Path|None=None, # A `latents_stats.pt`, for a tokenizer that carries no statistics
 )->tuple[LightningDiT,Autoencoder,list[str]]: # On the CPU, in eval mode; and what could not be checked
     "A LightningDiT and the tokenizer that decodes for it; two that do not belong together are refused"
-    model,tok,notes = load_dit(dit, weights).eval(),load_tokenizer(tokenizer).eval(),[]
+    model = load_dit(dit, weights).eval()
+    tok, notes = load_tokenizer(tokenizer).eval(), []
     if latent_stats is not None and tok.latent_mean is None: with_stats(tok, latent_stats)
     elif latent_stats is not None: _check_stats(tok, latent_stats)
     if tok.latent_mean is None:

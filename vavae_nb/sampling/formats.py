@@ -30,7 +30,7 @@ def write_npz(
     samples:SampleSet, # With all its chunks
 )->Path:               # `samples.npz`
     "All images as `arr_0` and their labels as `labels`, a chunk at a time"
-    path,n = samples.out/"samples.npz",len(samples.labels)
+    path, n = samples.out/"samples.npz", len(samples.labels)
     shape = (n, *samples.read(0)[0].shape[1:])
     images = (samples.read(start)[0] for start in progress_bar(samples.starts, path.name, unit="chunk"))
     with atomic_write(path) as tmp, zipfile.ZipFile(tmp, "w") as archive:
@@ -69,7 +69,7 @@ def write_folder(
         with atomic_write(path, alone=False) as tmp: Image.fromarray(image).save(tmp)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in progress_bar(samples.starts, "images/*.png", unit="chunk"):
-            x,y,_ = samples.read(start)
+            x, y, _ = samples.read(start)
             list(pool.map(save, range(start, start+len(x)), x, y.tolist()))
     sync_names(folder)
     return folder
@@ -87,14 +87,14 @@ def _images_at(samples, indices): # Image by index; each chunk is read once
     for start in samples.starts:
         here = [i for i in sorted(set(indices)) if start <= i < start+samples.per_chunk]
         if not here: continue
-        x,_,_ = samples.read(start)
+        x, _, _ = samples.read(start)
         images |= {i: x[i-start] for i in here}
     return images
 
 def write_grid(
     samples:SampleSet, # With all its chunks
 )->Path:               # `samples.png`
-    "The first images: a row for each of the first 12 classes, or all in turn where a class has only one"
+    "Up to 10 images of each of the first 12 classes, a row each; where none has two, the first 100 in turn"
     path = samples.out/"samples.png"
     rows = _grid_rows(samples.labels, samples.names)
     images = _images_at(samples, sum((indices for _,indices in rows), []))
@@ -120,7 +120,7 @@ def _describe(path): # For the record; a folder has no size and no hash
 def _how_made(samples): # Chunks that were made in one way are one entry, with images, seconds and rate
     entries = {}
     for start in samples.starts:
-        x,_,made = samples.read(start)
+        x, _, made = samples.read(start)
         seconds = made.pop("seconds", 0.)
         entry = entries.setdefault(json.dumps(made), made | dict(images=0, seconds=0.))
         entry["images"] += len(x)
@@ -139,8 +139,8 @@ def finish(
         if f not in formats: raise ConfigError(unknown_name("format", f, formats))
     if samples.missing:
         raise DataError(f"{samples.out} lacks {len(samples.missing)} of {len(samples.starts)} chunks; draw them first")
-    outputs,already = samples.record.get("outputs", {}),made_already(samples)
-    made = _how_made(samples)
+    outputs = samples.record.get("outputs", {})
+    already, made = made_already(samples), _how_made(samples)
     outputs |= {f: _describe(formats[f](samples)) for f in wanted if f not in already}
     samples.write_record(settings=samples.settings, outputs=outputs, made=made, **provenance)
     return [samples.out/outputs[f]["file"] for f in wanted]

@@ -41,13 +41,15 @@ def save_grid(
     "Rows of images with their names"
     rows = [np.asarray(r) for r in rows]
     names = ["\n".join(as_label(line, 32) for line in str(name).split("\n", 1)) for name in names]
-    n,(h,w) = max(len(r) for r in rows),rows[0].shape[1:3]
-    scale,above = max(1, 64//h),30 if title else 4
+    n, (h,w) = max(len(r) for r in rows), rows[0].shape[1:3]
+    scale = max(1, 64//h)
+    above = 30 if title else 4 # Pixels
     with quiet_glyphs(), plt.rc_context({"text.usetex": False}), atomic_write(path) as tmp:
-        fig,axs = plt.subplots(len(rows), 1, dpi=100, squeeze=False)
+        fig, axs = plt.subplots(len(rows), 1, dpi=100, squeeze=False)
         labels = [_draw_row(ax, _strip(row, n, h, w), name) for ax,row,name in zip(axs[:, 0], rows, names)]
         beside = 16+_width_of_names(fig, labels)
-        W,H = beside+n*w*scale+4,above+len(rows)*(h*scale+6)
+        W = beside+n*w*scale+4
+        H = above+len(rows)*(h*scale+6)
         fig.set_size_inches(W/100, H/100)
         fig.subplots_adjust(left=beside/W, right=1-4/W, top=1-above/H, bottom=6/H, hspace=6/(h*scale))
         if title: fig.suptitle(as_label(title, 120), fontsize=10, y=1-6/H, va="top")

@@ -46,12 +46,13 @@ def _refuse_other_settings(there, now, where): # Those that a file holds, and th
     there = there if isinstance(there, dict) else {}
     keys = [k for k in there | now if there.get(k) != now.get(k)]
     changed = {k: f"{k} is {there.get(k)} there and {now.get(k)} now" for k in keys}
-    if changed.pop("labels", "") and not changed: changed["labels"] = "the labels are others"
+    digests = changed.pop("labels", None) # They tell a reader nothing: name labels only if nothing else differs
+    if digests and not changed: changed["labels"] = "the labels are others"
     if changed:
         raise ConfigError(f"{where} holds samples of other settings: {', '.join(changed.values())}; "
                           "choose another --out, or give the settings of its sample.json")
 
-def _refuse_other_files(folder): # Another process may have begun, so a record and chunks are none
+def _refuse_other_files(folder): # sample.json and chunks are not counted: another process may just have begun
     others = sorted(p.name for p in folder.glob("*") if p.name not in ("sample.json", "chunks") and p.name[0] != ".")
     if others:
         raise ConfigError(f"{folder} is not empty and holds no samples of this command "
@@ -77,8 +78,8 @@ class SampleSet:
         per_chunk:int=500,  # Images per chunk
     ):
         if per_chunk < 1: raise ConfigError(f"chunks of {per_chunk} images asked for; give at least 1")
-        self.out,self.labels,self.names = Path(out),labels,names
-        self.per_chunk,self.starts = per_chunk,range(0, len(labels), per_chunk)
+        self.out, self.labels, self.names = Path(out), labels, names
+        self.per_chunk, self.starts = per_chunk, range(0, len(labels), per_chunk)
         digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
         settings = settings | dict(n=len(labels), labels=digest, chunk=per_chunk)
         self.settings = json.loads(json.dumps(settings)) # As they are read again: a tuple is a list
@@ -115,11 +116,11 @@ class SampleSet:
         start:int, # Index of the chunk's first image
     )->tuple[np.ndarray,np.ndarray,dict]: # Images, labels, and how they were made
         "Read a chunk; one that is damaged or of other samples is refused"
-        path,fix = self.chunk(start),"and call the same command again"
-        try: tensors,meta = load_tensors(path)
+        path, fix = self.chunk(start), "and call the same command again"
+        try: tensors, meta = load_tensors(path)
         except CheckpointError as e: raise CheckpointError(f"{e}; delete {path} {fix}") from None
         _refuse_other_settings(meta.get("settings"), self.settings, path)
-        x,y,made = tensors.get("images"),tensors.get("labels"),meta.get("made")
+        x, y, made = tensors.get("images"), tensors.get("labels"), meta.get("made")
         n = len(self.labels_of(start))
         images_and_labels = x is not None and y is not None and x.dtype == torch.uint8 and x.ndim == 4
         if not images_and_labels or len(x) != n or y.shape != (n,) or not isinstance(made, dict):
@@ -134,7 +135,10 @@ def _git(*args): # What git says about the folder of this package; nothing where
 
 def _commit():
     outside_results = (":/", ":(top,exclude)results") # What is written there changes no number
-    try: changes = _git("status", "--porcelain", "--untracked-files=no", *outside_results)
+    try:
+        tracked = _git("ls-files", "--error-unmatch", Path(vavae_nb.__file__).name)
+        if not tracked: return "" # Installed somewhere inside another repository
+        changes = _git("status", "--porcelain", "--untracked-files=no", *outside_results)
     except OSError: return "" # No git
     return _git("rev-parse", "HEAD")+("+changes" if changes else "")
 
@@ -172,7 +176,7 @@ def draw_chunks(
     with progress_bar(desc="sampling", total=images_in(mine), unit="image") as bar:
         bar.n = bar.initial = images_in(mine)-images_in(missing) # Done before: counts for the bar, not for its rate
         for start in missing:
-            start_time,images = time.time(),[]
+            start_time, images = time.time(), []
             for batch in image_batches(model, tok, samples.labels_of(start), sampling, first_index=start, device=device,
                                        precision=precision, batch_size=batch_size, progress=False, **kw):
                 images.append(batch)

@@ -136,7 +136,7 @@ def adaptive_weight(
 
 # %% ../../nbs/12_tokenizer.adversarial.ipynb #d99eded2
 def once_differentiated(
-    loss_fn:Callable, # y -> a scalar loss, or (loss, terms…)
+    loss_fn:Callable, # y -> a scalar loss, or (loss, terms…); parameters inside it get no gradient
     y:Tensor,         # Where the loss is taken, such as the reconstruction
 )->Tensor|tuple:      # The loss's tangent at y: its value and its gradient there; then the terms, detached
     "A costly loss differentiated here, once: a backward pass through the result multiplies by the stored gradient"

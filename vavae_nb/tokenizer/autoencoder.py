@@ -143,7 +143,9 @@ class Autoencoder(nn.Module):
         if header.get("kind") != _kind: raise CheckpointError(f"{path} {_not_ours}")
         statistics = _pop_statistics(tensors, header, path)
         model = build_from(cls, header.get("config"), tensors, path)
-        if model.fingerprint() != header.get("fingerprint"): raise CheckpointError(f"the weights in {path} {_changed}")
+        if model.fingerprint() != header.get("fingerprint"):
+            raise CheckpointError(f"the weights in {path} are not those it was written with; "
+                                  "write or download it again")
         if statistics: model.set_latent_stats(*statistics)
         return model
 
@@ -210,7 +212,6 @@ def to_uint8(
 _kind = "vavae_nb.tokenizer.autoencoder"
 _not_ours = ("was not written by `Autoencoder.save`: its header names no configuration; "
              "for bare weights use `load_into(Autoencoder(…), load_tensors(path)[0], path)`")
-_changed = "are not those it was written with; write or download it again"
 _stale_statistics = ("the weights have changed since the latent statistics were taken: the file goes without them; "
                      "take them again")
 

@@ -104,7 +104,7 @@ class FoundationModel(nn.Module):
         self.channels = y.shape[1]
         if y.is_meta or not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return
         self.net = fold_batchnorm(copy.deepcopy(net))
-        if rel_err(self(probe), y) > 1e-4: self.net = net
+        if not rel_err(self(probe), y) <= 1e-4: self.net = net # Also where it is NaN
 
     @torch.no_grad()
     def forward(self,
@@ -172,8 +172,8 @@ def fast_precision(
 def feature_precision(
     vfm:FoundationModel,  # The network
     images,               # As for `cached_features`
-    precision:str="auto", # `auto`, `fp32` or `bf16`
-)->str:                   # `fp32` or `bf16`
+    precision:str="auto", # `auto`, or what is given back: `fp32`, `tf32` or `bf16`
+)->str:                   # `fp32` or `bf16`, or what was given; it is in the name of the cache file
     "What these images' features are computed in: `auto` asks `fast_precision` about four of them, in the first process"
     device = vfm.mean.device
     autocast(device, precision) # Refuses an unknown precision
@@ -203,8 +203,8 @@ def cached_features(
     except (ValueError, EOFError) as e:
         raise DataError(f"{path} is damaged ({e}); delete it, and the features are computed again") from None
 
-def _cache_file(vfm, shape, images, precision): # Named after everything that determines its contents
-    key = json.dumps(dict(layout=1, shape=shape, vfm=vfm.key, images=images, precision=precision))
+def _cache_file(vfm, shape, fingerprint, precision): # Named after everything that determines its contents
+    key = json.dumps(dict(layout=1, shape=shape, vfm=vfm.key, images=fingerprint, precision=precision))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return cache_dir("features")/f"{vfm.name.replace('/', '_')}-{digest}.npy"
 
@@ -214,7 +214,8 @@ def _write_features(path, shape, vfm, images, batch_size, precision):
     if is_first(): sweep_temporary(path.parent)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(descr="<f2", fortran_order=False, shape=shape))
-    rows = rows_of(shape[0]) if shape[0] >= world_size() else slice(0, shape[0]*is_first()) # So few: the first has all
+    if shape[0] >= world_size(): rows = rows_of(shape[0])
+    else: rows = slice(0, shape[0] if is_first() else 0) # So few: the first has all
     parts = [np.arange(i, min(i+batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
     with _shared_file(path, vfm.mean.device) as tmp, open(tmp, "r+b") as file:
         if is_first(): file.write(header.getvalue())
@@ -249,13 +250,13 @@ def _shared_file(path, device): # `atomic_write` by all processes: the first tel
         with atomic_write(path) as tmp:
             letters = tmp.name.encode()
             name[:len(letters)] = torch.tensor(list(letters))
-            max_over(name)
+            max_over(name) # The others' names are zeros
             yield tmp
-            wait()
+            wait() # Until all have written; pairs with the others' first
     else:
         with writing(path): yield path.with_name(bytes(max_over(name).tolist()).rstrip(b"\0").decode())
-        wait()
-    wait() # Until it has its name
+        wait() # The others' first
+    wait() # All: until the first has given the file its name
 
 # %% ../../nbs/13_tokenizer.foundation.ipynb #238c5fa6
 class Shuffled:

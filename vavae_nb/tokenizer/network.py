@@ -178,7 +178,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], norm_groups)
         self.up = nn.ModuleList()
-        for i,(n_in,n_out) in enumerate(zip(widths[1:]+widths[-1:], widths)):
+        inputs = widths[1:]+widths[-1:] # A level is fed by the one below it; the lowest by `mid`
+        for i,(n_in,n_out) in enumerate(zip(inputs, widths)):
             attention = resolution >> i in attn_resolutions
             self.up.append(Level(n_in, n_out, num_res_blocks+1, attention, norm_groups, up=i > 0))
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)

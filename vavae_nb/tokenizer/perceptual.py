@@ -14,6 +14,7 @@ from ..base.pretrained import lpips_tensors
 from ..base.tensors import at_least_fp32
 
 # %% ../../nbs/11_tokenizer.perceptual.ipynb #fe79fe8d
+# C: a convolution and its ReLU; P: a max pooling
 STAGES = {"vgg16": ("CC", "PCC", "PCCC", "PCCC", "PCCC"), "alexnet": ("C", "PC", "PC", "C", "C")}
 
 def _convolutions(net, tensors): # Frozen, one after the other; all but the stride follows from the weight's shape

@@ -55,7 +55,7 @@ def _check_description(path, meta):
     if not odd and not _countable(meta): odd = ["n, per_shard or world_size"]
     if odd: raise DataError(f"{path} says of itself what no shard can ({', '.join(odd)}): extract the images again")
 
-def _countable(meta): # Does it belong to as many shards as somebody could have?
+def _countable(meta): # Else a damaged header would make `shard_ranges` run for hours
     return 0 < meta["n"] <= 10**6*meta["per_shard"] and meta["world_size"] <= 10**6
 
 def _check_tensors(path, tensors):
@@ -128,7 +128,7 @@ def extract_shards(
     per_shard:int=10_000,  # Images per shard, at most
     rank:int=0,            # Which process this is
     world_size:int=1,      # Processes that share the work, each with shards of its own names
-    share:tuple[int,int]=(0, 1), # Which of how many that share this rank's shards, whose contents do not depend on it
+    share:tuple[int,int]=(0, 1), # (i, k): write every k-th shard of this rank, from the i-th; changes no byte
     precision:str="auto",  # `auto`, `fp32` or `bf16`
     replace:bool=False,    # Delete shards of another extraction, instead of refusing them
     check:bool=True,       # Compare checksums of this process's shards that are there, and make again what changed?
@@ -142,16 +142,17 @@ def extract_shards(
                  precision=resolve_precision(device, precision))
     layout = shard_ranges(len(images), per_shard, world_size)
     of_rank = [name for name in layout if int(_name.fullmatch(name)[1]) == rank]
-    mine = {name: layout[name] for name in of_rank[share[0]::share[1]]}
-    first = rank == share[0] == 0 # This process looks after files that are in nobody's layout, too
-    def owned(name): return name in mine or first and name not in layout
+    i, k = share
+    mine = {name: layout[name] for name in of_rank[i::k]}
+    leads = rank == i == 0 # This process looks after files that are in nobody's layout, too
+    def owned(name): return name in mine or (leads and name not in layout)
     whole = _whole_shards(folder, about, owned, replace, check)
-    _sweep(folder, mine, everything=first)
+    _sweep(folder, mine, everything=leads)
     todo = {name: part for name,part in mine.items() if name not in whole}
     _check_room(folder, _count(todo)*_bytes_per_image(tokenizer, images))
     tokenizer.eval()
-    processes = world_size*share[1]
-    title = "encoding" if processes == 1 else f"encoding, process {rank+share[0]} of {processes}"
+    processes = world_size*k
+    title = "encoding" if processes == 1 else f"encoding, process {rank*k+i} of {processes}"
     with progress(desc=title, total=_count(mine), unit="image") as bar:
         bar.n = bar.initial = _count(mine)-_count(todo) # What was there does not count for the estimate
         for name,part in todo.items():
@@ -196,7 +197,7 @@ def _delete_damaged(path, why):
 def _sweep(folder, names, everything): # Files that a killed process had begun
     if everything: sweep_temporary(folder)
     for name in names:
-        for path in folder.glob(f".{name}.*"): path.unlink()
+        for path in folder.glob(f".{name}.*"): path.unlink(missing_ok=True)
 
 # %% ../../nbs/22_tokenizer.shards.ipynb #d435a7d6
 def _count(ranges): return sum(end-start for start,end in ranges.values()) # Images
@@ -219,7 +220,7 @@ def _encode(tokenizer, images, part, seed, batch_size, precision, bar):
     (start, end), shape = part, _latent_shape(tokenizer, images)
     def fetch(i, _): return _read(images, i+start, seed, shape) # In a thread, while the batch before is encoded
     latents, mirrored = torch.empty(end-start, *shape), torch.empty(end-start, *shape)
-    encoded, done = [], 0
+    encoded, done, left = [], 0, end-start # `left`: images that are still to come, decodable or not
     for indices,x,noise,mirrored_noise in Batches(end-start, fetch, batch_size, shuffle=False):
         if len(indices):
             rows, x = slice(done, done+len(indices)), x.to(tokenizer.encoder_last.device)
@@ -227,7 +228,8 @@ def _encode(tokenizer, images, part, seed, batch_size, precision, bar):
             mirrored[rows] = _draw(tokenizer, x.flip(-1), mirrored_noise, precision)
         encoded.append(indices)
         done += len(indices)
-        bar.update(min(batch_size, end-start))
+        bar.update(min(batch_size, left))
+        left -= batch_size
     encoded = torch.cat(encoded)
     if not (latents[:done].isfinite().all() and mirrored[:done].isfinite().all()):
         raise DataError(f"latents of images {start} to {end-1} are not finite; "
@@ -244,4 +246,4 @@ def _read(images, indices, seed, shape): # Of those that can be decoded: indices
 
 def _draw(tokenizer, x, noise, precision): # A sample of the posterior, on the CPU
     with autocast(x.device, precision): p = tokenizer.posterior(x)
-    return (p.mean+p.std*noise().to(x.device)).cpu()
+    return p.sample(noise().to(x.device)).cpu()

@@ -91,8 +91,8 @@ def record_statistics(
     _check_makers(folder, tokenizer.fingerprint())
     mean, std, source = latent_statistics(folder, n, seed)
     if normalize != "channel":
-        factor = _std_of_all(mean, std) if normalize == "global" else 1/float(normalize)
-        mean, std, source = torch.zeros_like(mean), torch.ones_like(mean)*factor, source | dict(normalize=normalize)
+        spread = _std_of_all(mean, std) if normalize == "global" else 1/float(normalize)
+        mean, std, source = torch.zeros_like(mean), torch.ones_like(mean)*spread, source | dict(normalize=normalize)
     tokenizer.set_latent_stats(mean, std, source)
     describe_folder(tokenizer, folder)
 

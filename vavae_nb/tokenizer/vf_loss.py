@@ -115,13 +115,13 @@ class _Blockwise(torch.autograd.Function):
         total = 0.
         for i,p in enumerate(blocks):
             for q in blocks[i:]:
-                difference = u[...,p].mT@u[...,q] - v[...,p].mT@v[...,q] # C − G of these positions
+                difference = u[...,p].mT@u[...,q] - v[...,p].mT@v[...,q] # Of the pairs' cosines
                 excess = F.relu(difference.abs()-margin)
                 total = total + excess.sum()*(1 if p is q else 2)        # (q, p) is the same once more
                 if du is None and dv is None: continue
-                S = difference.sign_().mul_(excess > 0)
-                if du is not None: _add_force(du, u, S, p, q, 1)
-                if dv is not None: _add_force(dv, v, S, p, q, -1)
+                signs = difference.sign_().mul_(excess > 0) # The sum's gradient at the difference: −1, 0 or 1
+                if du is not None: _add_gradient(du, u, signs, p, q, 1)
+                if dv is not None: _add_gradient(dv, v, signs, p, q, -1)
         ctx.save_for_backward(du, dv)
         ctx.pairs = len(u)*u.shape[2]**2
         return total/ctx.pairs
@@ -134,6 +134,6 @@ class _Blockwise(torch.autograd.Function):
         du, dv = (None if d is None else d*(g*2/ctx.pairs) for d in ctx.saved_tensors)
         return du, dv, None, None
 
-def _add_force(gradient, x, S, p, q, sign): # What the positions of p and q do to each other
-    gradient[...,p].add_(x[...,q]@S.mT, alpha=sign)
-    if p is not q: gradient[...,q].add_(x[...,p]@S, alpha=sign)
+def _add_gradient(gradient, x, signs, p, q, sign): # Of sign · Σ signs · (x_p · x_q), at the positions p and q of x
+    gradient[...,p].add_(x[...,q]@signs.mT, alpha=sign)
+    if p is not q: gradient[...,q].add_(x[...,p]@signs, alpha=sign)
