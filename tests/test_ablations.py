@@ -160,7 +160,7 @@ def test_the_table_shows_what_the_files_say(tmp_path):
 
 def test_a_column_that_one_seed_lacks_is_of_the_others(tmp_path):
     r = row("table2", "f16d32-none-b")
-    for seed in (0, 1): put(tmp_path, r, seed, psnr=26.+seed)
+    for seed in (0, 1): put(tmp_path, r, seed, fd=500.+seed, psnr=26.+seed)
     path = runs.result_path(tmp_path, r, "cpu", 0)
     without = runs.read_result(path)
     del without["uniformity"]["gini"]
