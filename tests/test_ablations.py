@@ -146,7 +146,8 @@ def test_the_table_shows_what_the_files_say(tmp_path):
     for r in (none, vf):
         for seed,v in enumerate(fds[r.name]): put(tmp_path, r, seed, fd=v, psnr=26+seed/10)
     t = load_table("table2", "cpu", tmp_path)
-    assert t[none.name].values["FD efficientnet_lite0"] == fds[none.name] and t["f4d32-lite0-b"].seeds == [0, 1]
+    assert t[none.name].values["FD efficientnet_lite0"] == dict(enumerate(fds[none.name]))
+    assert t["f4d32-lite0-b"].seeds == [0, 1]
     header, rows = table_cells(t)
     cells = {r[0]: dict(zip(header, r)) for r in rows}
     ours = cells["f4d32-lite0-b"]
@@ -156,6 +157,19 @@ def test_the_table_shows_what_the_files_say(tmp_path):
     assert cells["f4d8-lite0-b"]["PSNR"] == "not measured"
     text = render(t)
     assert "| 506 ± 8 (−94) |" in text and "1111111" in text and "compare differences and order, not values" in text
+
+def test_a_column_that_one_seed_lacks_is_of_the_others(tmp_path):
+    r = row("table2", "f16d32-none-b")
+    for seed in (0, 1): put(tmp_path, r, seed, fd=500.+seed, psnr=26.+seed)
+    path = runs.result_path(tmp_path, r, "cpu", 0)
+    without = runs.read_result(path)
+    del without["uniformity"]["gini"]
+    runs.write_result(path, without)
+    every, name = every_tokenizer("cpu", tmp_path), r.name_at("cpu")
+    assert "Gini" not in every[f"{name}-0"] and every[f"{name}-1"]["Gini"] == .1
+    assert [every[f"{name}-{seed}"]["PSNR"] for seed in (0, 1)] == [26., 27.]
+    fig = plot_predictors(every, "FD alexnet")
+    assert [len(ax.lines) for ax in fig.axes] == [2, 2, 1, 2]
 
 def test_rank_correlation_with_the_paper(tmp_path):
     for i,spec in enumerate(("f16d16", "f16d32", "f16d64")): put(tmp_path, row("fig1", f"{spec}-none-b"), fd=600-10*i)
@@ -175,7 +189,7 @@ def test_results_of_other_settings_data_and_commits_are_not_mixed_in_silence(tmp
     put(tmp_path, r, 3, fd=2., change={"sampling.points": 3})
     put(tmp_path, r, 4, fd=605., commit="2"*40)
     t = load_table("table2", "cpu", tmp_path)
-    assert t[r.name].values["FD efficientnet_lite0"] == [600, 610, 605]
+    assert t[r.name].values["FD efficientnet_lite0"] == {0: 600, 1: 610, 4: 605}
     text = render(t)
     assert re.search(r"left out: f4d32-none-b-2.json, measured on other data .*other", text)
     assert re.search(r"left out: f4d32-none-b-3.json, measured with sampling.points 3 \(now 16\)", text)
@@ -261,11 +275,13 @@ def test_a_stop_is_no_failure(runner):
 def test_the_lock_says_busy(tmp_path):
     with RunLock(tmp_path), pytest.raises(RunBusy, match="being written by process"): RunLock(tmp_path).__enter__()
 
-def test_unknown_names():
+def test_unknown_names(tmp_path):
     for args,error in ((("table9", "cpu"), "table 'table9'; did you mean"),
                        (("table1", "cpuu"), "scale 'cpuu'; did you mean 'cpu'"),
                        (("table2", "cpu", ["f4d33-none-b"]), "did you mean 'f4d32-none-b'")):
         with pytest.raises(ConfigError, match=error): runs.chosen_rows(*args)
+    with pytest.raises(ConfigError, match="did you mean 'f4d32-none-b'"):
+        load_table("table2", "cpu", tmp_path)["f4d33-none-b"]
 
 # Figures from made-up results
 

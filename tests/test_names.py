@@ -129,7 +129,7 @@ def test_the_architecture_of_any_recipe(name):
 
 def test_a_judge_of_any_name(tmp_path):
     table = tables["fig1"]
-    filled = [ab.Filled(r, r.name_at("cpu"), {"LPIPS": [.1], "FD my_$net$": [500.]}, [0]) for r in table.rows]
+    filled = [ab.Filled(r, r.name_at("cpu"), {"LPIPS": {0: .1}, "FD my_$net$": {0: 500.}}, [0]) for r in table.rows]
     fig = fg.plot_dilemma(ab.FilledTable("fig1", "cpu", filled, ["PSNR", "FD my_$net$"], []))
     fig.savefig(io.BytesIO())
     assert any(drawn(ax.get_ylabel()) == "FD over my_$net$" for ax in fig.axes)
@@ -154,7 +154,7 @@ def table(name):
     "A table that has a name everywhere that one can come from: a failed row, a row with a failed seed, notes"
     a, b, *_ = tables["fig1"].rows
     filled = [ab.Filled(a, a.name_at("cpu"), {}, [], problem=f"{name}!"),
-              ab.Filled(b, b.name_at("cpu"), {"PSNR": [26.]}, [0], problem=f"seed 1 failed: {name}!")]
+              ab.Filled(b, b.name_at("cpu"), {"PSNR": {0: 26.}}, [0], problem=f"seed 1 failed: {name}!")]
     return ab.FilledTable("fig1", "cpu", filled, ["PSNR", f"FD {name}!"], [f"data: {name}!, 5 images"])
 
 def shown(soup):

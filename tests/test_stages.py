@@ -9,7 +9,7 @@ from vavae_nb.base.errors import CheckpointError, ConfigError, Stopped, VavaeErr
 from vavae_nb.base.stopping import StopSignals
 from vavae_nb.recipes.paper import recipe
 from vavae_nb.recipes.settings import override
-from vavae_nb.training import report
+from vavae_nb.training import report, stages
 from vavae_nb.training.run import Run
 from vavae_nb.training.stages import run_stages
 
@@ -143,6 +143,14 @@ def test_what_killed_processes_left_is_swept(whole, out):
     for p in (*left, mine): p.write_text("half", encoding="utf-8")
     run_stages(CONFIG, out, "dit")
     assert not any(p.exists() for p in left) and mine.exists()
+
+def test_the_others_look_at_a_folder_once_it_is_swept(out, monkeypatch):
+    done = []
+    monkeypatch.setattr(stages, "sweep_run", lambda folder: done.append("swept"))
+    monkeypatch.setattr(stages, "wait", lambda: done.append("waited"))
+    monkeypatch.setattr(stages, "Run", stop)
+    with pytest.raises(Stopped): run_stages(CONFIG, out)
+    assert done == ["swept", "waited"]
 
 def test_a_damaged_record_is_named(whole, out):
     shutil.copytree(whole/"run", out)

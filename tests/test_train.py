@@ -114,6 +114,8 @@ def test_bad_arguments(args, message, tmp_path):
     (dict(settings={"dit_training.path": "linaer"}), "did you mean 'linear'"),
     (dict(settings={"sampling.solver": "eulre"}), "did you mean 'euler'"),
     (dict(settings={"dit_training.schedule": "step"}), "dit_training.schedule"),
+    (dict(settings={"dit_training.path": "ddpm", "sampling.solver": "ddim", "dit.learn_sigma": "true",
+                    "dit_training.uniform_from": "2"}), "set dit_training.uniform_from=0"),
     (dict(settings={"evaluation.extractors": "alexnett"}), "did you mean 'alexnet'"),
 ])
 def test_what_does_not_fit_is_refused_before_training(settings, message, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from vavae_nb.paper.tables import configuration, tables
 from vavae_nb.paper.runs import run_folder
 from vavae_nb.data.images import embedded
 from vavae_nb.data.folders import first_of_each
-from vavae_nb.paper.figures import picture
+from vavae_nb.paper.figures import as_image
 from vavae_nb.sampling.formats import load_samples
 from vavae_nb.tokenizer.autoencoder import Autoencoder
 
@@ -48,7 +48,7 @@ def main(runs):
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for i,c in enumerate(test.classes): axs[0].text(32*i+16, -3, c, ha="center", fontsize=8)
     fig.tight_layout(h_pad=.15)
-    (ROOT/"nbs"/"images"/"front.jpg").write_bytes(picture(fig, photographs=True).data)
+    (ROOT/"nbs"/"images"/"front.jpg").write_bytes(as_image(fig, photographs=True).data)
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,7 +5,7 @@
 import re
 from pathlib import Path
 from vavae_nb.paper.results import inventory, load_table
-from vavae_nb.paper.figures import picture, plot_frontier
+from vavae_nb.paper.figures import as_image, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,4 +19,4 @@ if __name__ == "__main__":
     path = ROOT/"results"/"README.md"
     path.write_text(listed(path.read_text(encoding="utf-8")), encoding="utf-8")
     fig = plot_frontier(load_table("fig2", "cpu", ROOT/"results"))
-    (ROOT/"nbs"/"images"/"frontier.png").write_bytes(picture(fig).data)
+    (ROOT/"nbs"/"images"/"frontier.png").write_bytes(as_image(fig).data)

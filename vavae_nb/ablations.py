@@ -173,14 +173,14 @@ def main(
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning) # fastai's, at its import
         from vavae_nb.base.stopping import StopSignals
         with StopSignals() as stop:
-            failed = None
+            failed = False
             if judge: add_judge(judge, chosen, scale, range(seeds), results, runs, data, device)
             elif jobs > 1:
                 job = _job(table, [row.name_at(scale) for row in chosen], force, scale=scale, seeds=seeds, data=data,
                            device=device, results=results, runs=runs)
                 paths = [result_path(results, row, scale, seed) for row,seed in product(chosen, range(seeds))]
-                failed = _run_jobs(jobs, job, paths, force, Path(runs)/scale)
-            else: failed = run_rows(chosen, scale, range(seeds), results, runs, data, device, force, stop)
+                failed = _run_jobs(jobs, job, paths, force, Path(runs)/scale) != 0
+            else: failed = bool(run_rows(chosen, scale, range(seeds), results, runs, data, device, force, stop))
         print("\n"+render(load_table(table, scale, results)))
         if failed:
             raise VavaeError("some rows failed, as the table and their results say; "

@@ -179,5 +179,7 @@ def main(
     label sampling, settings, seed, versions. torchrun and accelerate launch start it on several processes,
     which share the passes of the networks."""
     given = vars(parser(actions[action], f"python -m vavae_nb.evaluate {action}").parse_args(options))
-    if action in ("latents", "compare") and process(None, None, "cpu")[0]: return # Work for one process
+    if action in ("latents", "compare"): # Work for one process
+        rank, *_ = process(None, None, "cpu")
+        if rank: return
     actions[action](**given)

@@ -30,20 +30,20 @@ def _extract(tok, images, out, **settings):
     note = f"; {lost} images could not be decoded and are left out" if lost else ""
     print(f"{len(made)} shards of this process are in {out}{note}")
 
-def _record_statistics(tok, file, out, n, seed, renew, given):
+def _record_statistics(tok, file, out, n, seed, renew, given_file):
     "Into the folder of latents; and into a tokenizer file of ours, unless one has them already"
     from vavae_nb.base.tensor_files import load_tensors
     from vavae_nb.tokenizer.statistics import describe_folder, record_statistics
-    kept = tok.latent_mean is not None and not renew
-    if kept: describe_folder(tok, out)
+    has_statistics = tok.latent_mean is not None and not renew
+    if has_statistics: describe_folder(tok, out)
     else: record_statistics(tok, out, n, seed)
-    origin = "as the tokenizer has them" if kept else "taken, and given to the tokenizer"
+    origin = "as the tokenizer has them" if has_statistics else "taken, and given to the tokenizer"
     notes = ", ".join(f"{k} {v}" for k,v in tok.latent_stats_source.items())
     print(f"statistics in {out/'latents_stats.pt'}: {origin} ({notes})")
-    own = file/"tokenizer.safetensors" if file.is_dir() else file
-    ours = own.is_file() and own.suffix == ".safetensors"
-    if not ours: tok.save(out/"tokenizer.safetensors", dict(source=file.name))
-    elif not kept or given: tok.save(own, load_tensors(own)[1].get("meta"))
+    our_file = file/"tokenizer.safetensors" if file.is_dir() else file
+    is_ours = our_file.is_file() and our_file.suffix == ".safetensors"
+    if not is_ours: tok.save(out/"tokenizer.safetensors", dict(source=file.name))
+    elif given_file or not has_statistics: tok.save(our_file, load_tensors(our_file)[1].get("meta"))
 
 # %% ../nbs/96_extract.ipynb #45bb37ac
 @command

@@ -155,20 +155,24 @@ def _each(term, margin): # A term of the VF loss, of each item of a batch
 class VFSurface(View):
     "The two terms of the VF loss over what they see, while the margins move; Yao et al. 2025, section 3.2"
     size = (7.6, 2.8)
+    n_cosines, n_directions = 41, 61 # Along a side of the two surfaces
+    arrow_length = 40                # Degrees on the axes, for a slope of 1
     def build(self):
-        self.angles, cosines = torch.arange(0., 181., 2), torch.linspace(-1, 1, 41)
+        self.angles, cosines = torch.arange(0., 181., 2), torch.linspace(-1, 1, self.n_cosines)
         self.single = _maps(self.angles), _maps(torch.zeros_like(self.angles))      # A latent and its feature
         of_features, of_latents = (c.acos().rad2deg() for c in _pairs(cosines))
         zero = torch.zeros_like(of_features)
         self.pair = _maps(zero, of_latents), _maps(zero, of_features)               # Two latents, two features
-        second, first = _pairs(torch.arange(-180., 181., 6))
+        second, first = _pairs(torch.linspace(-180., 180., self.n_directions))
         self.directions, self.features = _maps(first, second), _maps(torch.zeros(1), torch.full((1,), 90.))
         second, first = _pairs(torch.arange(-165., 180., 30))
         self.arrow_angles = torch.stack([first, second])
         self.axs = self.fig.subplots(1, 3)
         self.draw_first(self.axs[0])
-        self.second = self.draw_surface(self.axs[1], 41, 1, "cosine of the features", "cosine of the latents")
-        self.both = self.draw_surface(self.axs[2], 61, 180, "direction of $z'_1$", "direction of $z'_2$")
+        self.pair_surface = self.draw_surface(self.axs[1], self.n_cosines, 1,
+                                              "cosine of the features", "cosine of the latents")
+        self.direction_surface = self.draw_surface(self.axs[2], self.n_directions, 180,
+                                                   "direction of $z'_1$", "direction of $z'_2$")
         self.draw_arrows(self.axs[2])
         return dict(cos_margin=FloatSlider(.5, min=0, max=2, step=.05, description="m1"),
                     distmat_margin=FloatSlider(.25, min=0, max=2, step=.05, description="m2"))
@@ -202,9 +206,9 @@ class VFSurface(View):
         slope = _gradient(lambda angles: whole(_maps(*angles)), self.arrow_angles).rad2deg()
         self.loss.set_ydata(loss)
         self.pull.set_ydata(pull)
-        self.second.set_data(pairs.view(41, 41).T.numpy())
-        self.both.set_data(both.view(61, 61).numpy())
-        self.arrows.set_UVC(*-40*slope.numpy())
+        self.pair_surface.set_data(pairs.view(self.n_cosines, self.n_cosines).T.numpy())
+        self.direction_surface.set_data(both.view(self.n_directions, self.n_directions).numpy())
+        self.arrows.set_UVC(*-self.arrow_length*slope.numpy())
         free = [(values < 1e-6).float().mean().item() for values in (loss, pairs, both)]
         for ax,title,share in zip(self.axs, ("cosine", "distance matrix", "both"), free):
             ax.set_title(f"{title}: {share:.0%} free", fontsize=9)

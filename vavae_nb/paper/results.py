@@ -9,7 +9,7 @@ __all__ = ['figures', 'paper_name', 'Filled', 'FilledTable', 'load_table', 'comp
 import json, statistics
 from dataclasses import dataclass
 from pathlib import Path
-from ..base.errors import DataError
+from ..base.errors import ConfigError, DataError, unknown_name
 from .tables import Row, configuration, tables
 from .runs import chosen_rows, other_settings, read_result, result_path, unguided_distances
 
@@ -40,19 +40,19 @@ class Filled:
     "A row of a table with its results over seeds"
     row:Row
     name:str                  # At the scale
-    values:dict[str,list[float]] # Column → a value for each seed
+    values:dict[str,dict[int,float]] # Column → seed → value; a seed can lack a column
     seeds:list[int]
     about:str=""              # What was run
     problem:str=""            # Why there is no result, or not of every seed
 
     def mean(self, column:str)->float|None:
         values = self.values.get(column)
-        return statistics.mean(values) if values else None
+        return statistics.mean(values.values()) if values else None
 
     def spread(self, column:str)->float|None:
         "Standard deviation over seeds, where there are several"
-        values = self.values.get(column, [])
-        return statistics.stdev(values) if len(values) > 1 else None
+        values = self.values.get(column, {})
+        return statistics.stdev(values.values()) if len(values) > 1 else None
 
 @dataclass
 class FilledTable:
@@ -62,7 +62,10 @@ class FilledTable:
     rows:list[Filled]
     columns:list[str]
     notes:list[str]
-    def __getitem__(self, name:str)->Filled: return next(r for r in self.rows if name in (r.name, r.row.name))
+    def __getitem__(self, name:str)->Filled:
+        for r in self.rows:
+            if name in (r.name, r.row.name): return r
+        raise ConfigError(unknown_name("row", name, [r.name for r in self.rows]))
 
 # %% ../../nbs/93_paper.results.ipynb #1a65b050
 def _files_of(table, scale, results):
@@ -140,7 +143,7 @@ def load_table(
 def _filled(row, scale, by_seed, failures):
     seeds, values = sorted(by_seed), {}
     for seed in seeds:
-        for column,value in figures(by_seed[seed]).items(): values.setdefault(column, []).append(value)
+        for column,value in figures(by_seed[seed]).items(): values.setdefault(column, {})[seed] = value
     about = by_seed[seeds[0]]["about"] if seeds else ""
     problem = "; ".join(failures)
     if not seeds and not failures: problem = "not measured"
@@ -164,7 +167,7 @@ def compare(
     column:str,    # Of `figures`
 )->dict[str,float]: # `difference` of the means over seeds, its `error` (NaN for one seed), `n` and `m` seeds
     "How far two rows are apart, with the standard error of that; Welch 1947, without a claim about its distribution"
-    a, b = (t[name].values.get(column, []) for name in (row, against))
+    a, b = (list(t[name].values.get(column, {}).values()) for name in (row, against))
     for name,values in ((row, a), (against, b)):
         if not values: raise DataError(f"{t.name} at scale {t.scale} has no {column} of {name} yet")
     error = (_variance_of_mean(a)+_variance_of_mean(b))**.5

@@ -110,15 +110,23 @@ def _discriminator_flops(width, layers, size): # Of one image, once
     with torch.device("meta"): disc = PatchGAN(ndf=width, n_layers=layers)
     return forward_flops(disc, meta_tensor(1, 3, size, size))
 
-def _step_flops(cfg, tok, foundation): # Of one image in a step of the tokenizer; `foundation`: the frozen network's
-    t, size, losses = cfg.tokenizer_training, cfg.data.size, 0
-    if t.lpips_weight: losses += 3*_perceptual_flops(t.lpips_slices, size)*(1/t.lpips_every)
-    # The discriminator: 2 for the generator, 3 for each of two batches
-    if t.disc_weight: losses += 8*_discriminator_flops(t.disc_width, t.disc_layers, size)
+def _step_flops(cfg, tok, foundation):
+    """Of one image in a step of the tokenizer; `foundation`: the frozen network's. A batch in parts goes forward once
+    more, through the losses too, for the adaptive weights of the whole"""
+    t, size, lpips, disc = cfg.tokenizer_training, cfg.data.size, 0, 0
+    if t.lpips_weight: lpips = 3*_perceptual_flops(t.lpips_slices, size)*(1/t.lpips_every)
+    if t.disc_weight: disc = _discriminator_flops(t.disc_width, t.disc_layers, size)
+    losses = lpips+8*disc # 2 for the generator, 3 for each of two batches
     adaptive = 2*tok["decode"]/cfg.vf.adaptive_every if _aligned(cfg) else 0
-    return 3*tok["forward"]+losses+foundation+adaptive
+    again = tok["forward"]+lpips+2*disc if t.accumulate > 1 else 0
+    return 3*tok["forward"]+losses+foundation+adaptive+again
 
-def _aligned(cfg): return cfg.foundation.name != "none" and bool(cfg.vf.weight)
+def _aligned(cfg):
+    "Does a phase of the tokenizer's training have a VF loss?"
+    training = cfg.tokenizer_training
+    weights = [phase.vf_weight for phase in training.phases]
+    if training.steps: weights.append(cfg.vf.weight)
+    return cfg.foundation.name != "none" and any(weights)
 
 # %% ../../nbs/83_training.costs.ipynb #63b24b35
 def data_counts(
@@ -137,7 +145,7 @@ def _tokenizer_stage(cfg, tok, n_images, grid):
     training = cfg.tokenizer_training
     steps = training.steps+sum(phase.steps for phase in training.phases)
     foundation = dict(flops=0, bytes=0)
-    if _aligned(cfg) and training.steps: foundation = _foundation_cost(cfg.foundation.name, grid)
+    if _aligned(cfg): foundation = _foundation_cost(cfg.foundation.name, grid)
     cached = keep_on_disk(cfg.foundation.cache, n_images*foundation["bytes"])
     before, in_step = (2*n_images*foundation["flops"], 0) if cached else (0, foundation["flops"])
     step = _step_flops(cfg, tok, in_step) if steps else 0
@@ -146,8 +154,9 @@ def _tokenizer_stage(cfg, tok, n_images, grid):
 def _sample_stage(sampling, tok, dit):
     "Samples are drawn without guidance and, where there is some, with it, which asks the network twice"
     per_point = {"heun": 2, "midpoint": 2, "rk4": 4}.get(sampling.solver, 1)
-    sets = 1 if sampling.cfg_scale == 1 else 2
-    asked = (2*sets-1)*(sampling.points*per_point)
+    guided = sampling.cfg_scale != 1
+    sets, passes = (2, 1+2) if guided else (1, 1) # Passes of the network at a point, in all sets together
+    asked = passes*(sampling.points*per_point)
     return dict(images=sets*sampling.n, flops=sampling.n*(asked*dit["forward"]+sets*tok["decode"]))
 
 def plan(
@@ -173,7 +182,7 @@ def memory(
     """Memory of a training step on one device, in fp32: with the whole batch, or its largest part, and activations kept
     or computed again, as the configuration says"""
     size, out = cfg.data.size, {}
-    if cfg.tokenizer_training.steps:
+    if cfg.tokenizer_training.steps or cfg.tokenizer_training.phases:
         tok = meta_tokenizer(cfg.tokenizer, size)
         out["tokenizer"] = _step_memory(tok, cfg.tokenizer_training, 4, meta_tensor(2, 3, size, size))
     dit = meta_dit(cfg.dit, cfg.tokenizer, size, data_counts(cfg)[1])

@@ -51,7 +51,8 @@ def cut_log(
     def goes(row):
         if row[0] != stage: return False
         before = partial and not row[3].startswith("valid/") # What was validated there stays
-        return int(row[1]) >= (step-1 if before else step)
+        first = step-1 if before else step
+        return int(row[1]) >= first
     with open(path, newline="", encoding="utf-8") as f: rows = [r for r in csv.reader(f) if len(r) == 5]
     kept = [row for row in rows if not goes(row)]
     with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows(kept)
@@ -145,13 +146,16 @@ class TermsLog(Callback):
         self.history,self.seconds,self.clock = [],0.,time.time()
         self._clear()
     def _clear(self): # Begin a row
-        self.sums,self.counts = {},{}              # Of each term: its sum, and in how many steps it was
-        self.steps,self.items,self.part = 0,0,0.   # Of all terms; the seconds of the row
+        self.sums = {}        # Of each term
+        self.term_steps = {}  # In how many steps each was
+        self.steps = 0        # Of the row
+        self.items = 0        # Of this process
+        self.row_seconds = 0.
     def _tick(self):
         now = time.time()
         passed, self.clock = now-self.clock, now
         self.seconds += passed
-        self.part += passed
+        self.row_seconds += passed
 
     def before_fit(self):
         self.clock = time.time()
@@ -165,7 +169,7 @@ class TermsLog(Callback):
         if not self.training: return
         for k,v in self.learn.terms.items():
             self.sums[k] = self.sums.get(k, 0.)+_wide(v)
-            self.counts[k] = self.counts.get(k, 0)+1
+            self.term_steps[k] = self.term_steps.get(k, 0)+1
         self.steps += 1
         self.items += batch_items(self.learn)
         if self.steps == self.every: self.flush()
@@ -181,14 +185,14 @@ class TermsLog(Callback):
         *sums, items = sum_over(t).tolist()
         return dict(zip(self.sums, sums)), items
     def _steps_of(self, term): # That its mean is over
-        if term.startswith("loss/"): return self.counts["loss"]
-        return self.steps if term == "skipped" else self.counts[term]
+        if term.startswith("loss/"): return self.term_steps["loss"]
+        return self.steps if term == "skipped" else self.term_steps[term]
     def flush(self):
         if not self.steps: return
         self._tick()
         sums, items = self._total()
         row = {k: v/self._steps_of(k) for k,v in sums.items()}
-        row["images_per_second"] = items/max(self.part, 1e-9)
+        row["images_per_second"] = items/max(self.row_seconds, 1e-9)
         row["memory_gb"] = peak_memory(self.dls.device)
         if self.flops and self.peak: row["mfu"] = row["images_per_second"]*self.flops/self.peak[0]/world_size()
         self.history.append(dict(step=self.train_iter, seconds=self.seconds) | row)
@@ -207,14 +211,16 @@ class TermsLog(Callback):
     def state_dict(self): # Of all processes together
         self._tick()
         sums, items = self._total()
-        row = dict(names=list(sums), sums=list(sums.values()), counts=list(self.counts.values()), count=self.steps)
-        row |= dict(items=int(items), part=self.part)
+        row = dict(names=list(sums), sums=list(sums.values()), counts=list(self.term_steps.values()), count=self.steps)
+        row |= dict(items=int(items), part=self.row_seconds)
         return dict(step=self.train_iter) | row | dict(seconds=self.seconds, history=[*self.history])
     def load_state_dict(self, state):
         mine = is_first() # The others start their part of the row at zero
         self.sums = {k: v if mine else 0. for k,v in zip(state["names"], state["sums"])}
-        self.counts,self.steps = dict(zip(state["names"], state["counts"])),state["count"]
-        self.items,self.part = state["items"] if mine else 0,state["part"]
+        self.term_steps = dict(zip(state["names"], state["counts"]))
+        self.steps = state["count"]
+        self.items = state["items"] if mine else 0
+        self.row_seconds = state["part"]
         self.seconds,self.history = state["seconds"],list(state["history"])
         self.clock = time.time()
         if not mine: return

@@ -66,15 +66,18 @@ def _steady(step, flops, batch, seconds, device):
     def once(): return _seconds(lambda: step(b), device)
     b = 1
     try:
-        while once() and b < batch and once() < seconds/8: b = min(2*b, batch) # The first warms up
+        once() # Warms up
+        while b < batch and once() < seconds/8:
+            b = min(2*b, batch)
+            once()
     except torch.OutOfMemoryError: b = max(1, b//4)
-    n, took, worked = 0, 0., time.process_time()
+    n, took, cpu_start = 0, 0., time.process_time()
     while n < 2 or took < seconds/2:
         n += 1
         took += once()
     rate = n*b*flops/took
     if device.type != "cpu": return rate, 1.
-    share = (time.process_time()-worked)/(took*torch.get_num_threads())
+    share = (time.process_time()-cpu_start)/(took*torch.get_num_threads())
     return rate, min(1., share)
 
 @dataclass(frozen=True)

@@ -137,15 +137,16 @@ def _reconstruction(run):
 
 def _generation(run):
     distances, s = [], run.cfg.sampling
-    for name in run.cfg.evaluation.extractors:
-        measured, features = judge(run, name)
-        distances += measured
+    *others, last = run.cfg.evaluation.extractors
+    for name in others: distances += judge(run, name)[0]
+    of_last, features = judge(run, last)
+    distances += of_last
     shown = next(iter(run.sample_sets)) # Guided, where there is guidance
     images = load_samples(run.out/f"{shown}.npz")[0]
     sampling = dict(n=len(images), labels="balanced", points=s.points, solver=s.solver, shift=s.shift,
                     cfg_scale=s.cfg_scale, cfg_interval=list(s.cfg_interval), cfg_channels=s.cfg_channels or "all",
                     weights="EMA")
-    nearest = _nearest(run, name, features, shown, images) # Over the last network
+    nearest = _nearest(run, last, features, shown, images)
     return dict(fd=distances, nearest=nearest, sampling=sampling)
 
 def _nearest(run, network, features, shown, images):

@@ -133,11 +133,11 @@ def _known_names(cfg): # Setting → what it may be
         "vf.project": ("latent", "features"), "tokenizer.start": ("torch", "linear"),
         "tokenizer_training.schedule": schedules, "dit_training.schedule": schedules,
         "precision": precisions, "tokenizer_training.precision": ("", *precisions),
-        "tokenizer.normalize": ("channel", "global", *_factor(cfg.tokenizer.normalize))}
+        "tokenizer.normalize": ("channel", "global")} # Or a factor
 
-def _factor(text): # The setting itself, where it is a positive number
-    try: return (text,) if float(text) > 0 else ()
-    except ValueError: return ()
+def _is_factor(text):
+    try: return float(text) > 0
+    except ValueError: return False
 
 def check_names(
     cfg:Config, # Before a run begins
@@ -145,11 +145,15 @@ def check_names(
     "Refuse a name that a later stage would not know, before anything is trained"
     settings, training = flat(cfg), cfg.tokenizer_training
     for name,allowed in _known_names(cfg).items():
+        if name == "tokenizer.normalize" and _is_factor(settings[name]): continue
         if settings[name] not in allowed: raise ConfigError(unknown_name(name, settings[name], allowed))
     if not cfg.data.source: raise ConfigError(f"the recipe {cfg.recipe} leaves the data to you: give --data FOLDER "
                                               "(ImageNet's layout: train/ and val/, a folder a class in each)")
     if cfg.dit_training.path == "ddpm" and not cfg.dit.learn_sigma:
         raise ConfigError("dit_training.path=ddpm learns a variance: set dit.learn_sigma=true")
+    if cfg.dit_training.path == "ddpm" and cfg.dit_training.uniform_from:
+        raise ConfigError("dit_training.uniform_from changes the distribution of a flow's times, "
+                          "and dit_training.path=ddpm has uniform ones: set dit_training.uniform_from=0")
     if not training.steps and not cfg.tokenizer.weights:
         raise ConfigError("tokenizer_training.steps=0 takes a trained tokenizer as it is: "
                           "name it with tokenizer.weights")
