@@ -486,3 +486,14 @@ def test_every_text_file_says_its_encoding():
         lines = filter(TEXTS.search, path.read_text(encoding="utf-8").splitlines())
         silent += [f"{path}: {line.strip()}" for line in lines if "urlopen" not in line and "def " not in line]
     assert not silent, "\n".join(silent)
+
+def test_a_file_in_the_place_of_the_temporary_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("VAVAE_NB_CACHE", raising=False)
+    monkeypatch.setattr(files, "_cache_root", lambda: Path(os.devnull)/"cache")
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    user = files.getpass.getuser() if os.name == "nt" else os.getuid()
+    (tmp_path/f"vavae_nb-{user}").write_text("in the way", encoding="utf-8")
+    files._temporary_cache.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be written"): folder = cache_dir("weights")
+    files._temporary_cache.cache_clear()
+    assert folder.is_dir() and folder.parent.parent == tmp_path
