@@ -147,3 +147,16 @@ def test_embedded_pixels_are_cifar10():
 def test_images_check_their_parts():
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     with pytest.raises(DataError, match="3 images but 2 labels"): Images(pixels, np.zeros(2), ["a"], "x")
+
+def test_a_subset_still_names_the_files_that_were_left_out(tmp_path):
+    root = fill(tmp_path/"d")
+    (root/"a"/"0.png").write_bytes(b"broken")
+    images, _ = quietly(folder, root, 16)
+    assert len(images.skipped) == 1 and images.subset([0, 2]).skipped == images.skipped
+
+@pytest.mark.parametrize("cache", ["always", "never"])
+@pytest.mark.parametrize("splits, name", [((), "pets train"), (("train", "val"), "pets train")])
+def test_the_folder_one_is_in_has_a_name(tmp_path, monkeypatch, cache, splits, name):
+    for split in splits or ("",): fill(tmp_path/"pets"/split)
+    monkeypatch.chdir(tmp_path/"pets")
+    assert load_data(".", 16, cache=cache)[0].name == name

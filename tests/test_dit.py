@@ -6,7 +6,7 @@ from torch import nn
 from vavae_nb.base.errors import CheckpointError, ConfigError, LabelError, ShapeError
 from vavae_nb.dit.blocks import Rope2d, apply_rope, attend, rope_2d
 from vavae_nb.dit.model import LightningDiT, create_dit, drop_labels
-from vavae_nb.dit.compiling import compile_blocks
+from vavae_nb.dit.compiling import _try_step, compile_blocks
 from vavae_nb.flow.sampler import sample
 from vavae_nb.base.tensors import autocast, check_labels, generator, rel_err, test_tensor
 from vavae_nb.base.tensor_files import load_into, load_tensors, save_tensors
@@ -187,3 +187,10 @@ def test_compiled_equals_eager_in_bf16():
     assert compile_blocks(model.train(), 4, "bf16") == ""
     (out, grad), (out0, grad0) = both(), eager
     assert rel_err(out, out0) < 1e-3 and rel_err(grad, grad0) < 1e-2 # bf16 is 1e-2 from fp32, in both
+
+def test_a_failing_backward_of_the_trial_leaves_no_gradients():
+    model = LightningDiT(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3).train()
+    def fail(module, gradients): raise RuntimeError("no memory for the backward pass")
+    model.blocks[0].register_full_backward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"): _try_step(model, 2, "fp32")
+    assert all(p.grad is None for p in model.parameters())

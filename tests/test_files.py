@@ -490,3 +490,14 @@ def test_every_text_file_says_its_encoding():
 def test_a_transformer_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path/"none.pt"))): load_dit("~/none.pt")
+
+def test_a_file_in_the_place_of_the_temporary_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("VAVAE_NB_CACHE", raising=False)
+    monkeypatch.setattr(files, "_cache_root", lambda: Path(os.devnull)/"cache")
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    user = files.getpass.getuser() if os.name == "nt" else os.getuid()
+    (tmp_path/f"vavae_nb-{user}").write_text("in the way", encoding="utf-8")
+    files._temporary_cache.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be written"): folder = cache_dir("weights")
+    files._temporary_cache.cache_clear()
+    assert folder.is_dir() and folder.parent.parent == tmp_path

@@ -3,6 +3,8 @@ import json, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from together import together
+from vavae_nb.base import processes
+from vavae_nb.base.errors import VavaeError
 from vavae_nb.data.images import embedded
 from vavae_nb.tokenizer.shards import shard_files
 from vavae_nb.base.tensor_files import load_tensors
@@ -36,6 +38,8 @@ SHARED = """
 import os, signal, sys, numpy as np, torch
 from pathlib import Path
 from vavae_nb.base.commands import user_errors
+from vavae_nb.base import processes
+from vavae_nb.base.errors import VavaeError
 from vavae_nb.data.images import embedded
 from vavae_nb.tokenizer.shards import extract_shards
 from vavae_nb.metrics.features import extract_features, feature_extractor
@@ -156,3 +160,10 @@ def test_real_launchers(work, tmp_path):
         if launcher: assert {p.name[:14] for p in shards} == {"latents_rank00", "latents_rank01"}
     for name in figure:
         for k in figure[name]: np.testing.assert_allclose(figure[name][k], figure["one"][k], rtol=1e-6, err_msg=k)
+
+def test_only_errors_of_talking_are_about_the_others():
+    lost = ["[pair.cc:534] Connection closed by peer [127.0.0.1]:5", "gloo/transport: Timed out waiting 1000ms"]
+    for error in (*map(RuntimeError, lost), torch.distributed.DistNetworkError("it has ended")):
+        with pytest.raises(VavaeError, match="lost the others"), processes._peer_loss_explained(): raise error
+    with pytest.raises(RuntimeError, match="^CUDA out of memory"), processes._peer_loss_explained():
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -128,3 +128,9 @@ def test_list_and_dry_run():
         assert word in out, word
     code, out, err = command("--recipe", "imagenet256-lightningdit-xl-64ep", "--device", "cpu")
     assert code == 2 and "give --data FOLDER" in err
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_a_blank_or_a_boolean_is_no_text(value):
+    with pytest.raises(ConfigError, match="saving.wandb takes a str .*'' where there is none"):
+        override(recipe("tiny"), {"saving.wandb": value})
+    assert override(recipe("tiny"), {"saving.wandb": ""}).saving.wandb == ""

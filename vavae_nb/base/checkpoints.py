@@ -184,7 +184,7 @@ class Checkpoints:
         state:dict,             # Nested dicts and lists of tensors and JSON values, all tensors finite
         score:float|None=None,  # The lowest is the best
     )->Path:                    # The file of tensors
-        "Write a checkpoint, whole or not at all; then remove those that are not to be kept"
+        "Write a checkpoint, whole or not at all; then remove later steps' and what is not to be kept of the rest"
         tensors = {}
         tree = _flatten(state, "", tensors)
         _refuse_not_finite(self.files, step, tensors)

@@ -48,6 +48,7 @@ def _readable(option): # An action of argparse, in place
         option.metavar = {int: "N", float: "X"}.get(option.type, option.dest.split("_")[-1].upper())
     said_by_fastcore = f" (default: {option.default})"
     comment = option.help.removesuffix(said_by_fastcore)
+    # A flag is off unless it is given; and a comment may say its default itself
     if is_flag or "(default: " in comment: option.help = comment
     option.help = option.help.replace("%", "%%")
     return option
@@ -95,7 +96,7 @@ def _speak_utf8(): # Where the locale knows only ASCII, a `×` would be an error
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"): stream.reconfigure(encoding="utf-8", errors=errors)
 
-def _end_with_launcher(): # One that is killed by SIGKILL ends nobody
+def _end_with_launcher(): # Killed by SIGKILL, it cannot end its processes, so they watch it
     parent = os.environ.pop("VAVAE_NB_PARENT", "")
     if parent or "TORCHELASTIC_RUN_ID" in os.environ: end_with_parent(int(parent or vavae_nb._parent))
 

@@ -43,7 +43,7 @@ def nearest_name(
     "The known name that `name` was most likely meant to be"
     known = list(known)
     if close := difflib.get_close_matches(name, known, n=1, cutoff=.5): return close[0]
-    by_last_part = {k.rsplit(".", 1)[-1]: k for k in known} # `depth` for `dit.depth`
+    by_last_part = {k.rsplit(".", 1)[-1]: k for k in known} # `ema` for `dit_training.ema`
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=.6)
     return by_last_part[close[0]] if close else None
 

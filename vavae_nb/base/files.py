@@ -107,13 +107,13 @@ def _locked_temporary(path):
 @contextmanager
 def atomic_write(
     path:str|Path,   # Final name of the file
-    alone:bool=True, # Sync the folder, too? For many files `sync_names` can do it once
+    alone:bool=True, # fsync the folder, too? Not where `sync_names` does it once for many files
 )->Iterator[Path]:   # Temporary name to write to, in the same folder
     "Write a file so that `path` is either the whole new file or what it was before; a failure is a `WriteError`"
     path, fd, temporary = Path(path), None, []
     outcome = ": nothing of it is left" + (", and the file before is as it was" if os.path.exists(path) else "")
     try:
-        with writing(path, temporary, outcome):
+        with writing(path, temporary, outcome): # `temporary` is filled below; it is read only on failure
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, name = _locked_temporary(path)
             temporary.append(name)
@@ -128,7 +128,7 @@ def atomic_write(
         if fd is not None: os.close(fd)
 
 # %% ../../nbs/50_base.files.ipynb #6e272d4e
-_temporary = re.compile(r"\..+\.[a-z0-9_]{8}\.part(\.[^.]*)?|\.tmp[A-Za-z0-9]{6}") # `atomic_write`'s, safetensors'
+_temporary_name = re.compile(r"\..+\.[a-z0-9_]{8}\.part(\.[^.]*)?|\.tmp[A-Za-z0-9]{6}") # `atomic_write`'s, safetensors'
 
 def _is_left_over(path, age):
     "Is this the file of a writer that is dead?"
@@ -147,7 +147,7 @@ def sweep_temporary(
     "Remove the temporary files of `atomic_write` and of safetensors that killed processes have left"
     removed = []
     for parent,_,files in os.walk(folder):
-        for path in (Path(parent)/f for f in files if _temporary.fullmatch(f)):
+        for path in (Path(parent)/f for f in files if _temporary_name.fullmatch(f)):
             with suppress(OSError): # Another user's file, or just gone
                 if _is_left_over(path, age):
                     path.unlink()
@@ -181,7 +181,7 @@ def _temporary_cache(why):
     "The same folder for all processes of a user, and nobody else's"
     user = getpass.getuser() if os.name == "nt" else os.getuid()
     folder = Path(tempfile.gettempdir())/f"vavae_nb-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError): folder.mkdir(mode=0o700) # Whatever is there is looked at next
     if not _is_mine(folder): folder = Path(tempfile.mkdtemp(prefix="vavae_nb-"))
     warnings.warn(f"{_cache_root()} cannot be written ({why}); what can be computed again is kept in {folder} instead: "
                   "point VAVAE_NB_CACHE at a folder to keep it longer")
@@ -190,7 +190,8 @@ def _temporary_cache(why):
 def _is_mine(folder):
     about = folder.lstat() # Not what a link points to
     if not stat.S_ISDIR(about.st_mode): return False
-    return os.name == "nt" or about.st_uid == os.getuid() and not about.st_mode & 0o022
+    if os.name == "nt": return True # A user's temporary folder is the user's own there
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022
 
 # %% ../../nbs/50_base.files.ipynb #95a0ccb1
 def keep_on_disk(

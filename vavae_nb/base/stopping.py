@@ -112,14 +112,14 @@ class StopSignals:
             return
         asked_before = self.signum is not None
         self.signum = signum # Noted before it is raised: what a destructor raises is lost
-        self._leave_terminals()
-        if not self._depth or asked_before and signum == signal.SIGINT: raise Stopped(signum)
+        self._replace_closed_terminals()
+        if not self._depth or (asked_before and signum == signal.SIGINT): raise Stopped(signum)
         if asked_before: return # A request may come twice: from a terminal and its shell, from a launcher and its end
         name = signal.Signals(signum).name
         message = f"\n{name}: saving a checkpoint and stopping; Ctrl-C to stop at once\n"
         with suppress(OSError): os.write(2, message.encode()) # Not print, which may be what it interrupts
 
-    def _leave_terminals(self): # One that was closed would fail the next progress bar, before the checkpoint
+    def _replace_closed_terminals(self): # One would fail the next progress bar, before the checkpoint
         for fd in self._terminals:
             if os.isatty(fd): continue
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -32,11 +32,14 @@ def _contents_digest(key, text, tensors):
     without_checksum = text[:_begin]+text[_end:]
     return hashlib.sha256(json.dumps([key, without_checksum, parts]).encode()).hexdigest()
 
+def _begins_like_mark(text):
+    "Has a description a checksum? Up to three characters of the mark may be damaged, too"
+    return sum(map(operator.eq, text, _mark)) >= len(_mark)-3
+
 def _is_unchanged(descriptions, tensors):
     "Are descriptions and tensors what their checksum says, where they have one?"
     for key,text in descriptions.items():
-        has_checksum = sum(map(operator.eq, text, _mark)) >= len(_mark)-3 # The mark may be damaged, too
-        if has_checksum and _contents_digest(key, text, tensors) != text[_begin:_end]: return False
+        if _begins_like_mark(text) and _contents_digest(key, text, tensors) != text[_begin:_end]: return False
     return True
 
 def save_tensors(
@@ -120,7 +123,7 @@ def build_from(
     tensors:dict[str,Tensor], # All its tensors
     source:str|Path,          # Where they come from, for the message
 )->nn.Module:                 # On the CPU, in fp32
-    "Build a network without drawing random numbers, and fill it whole; one that the tensors are not of takes no memory"
+    "Build a network without random numbers, and fill it; tensors of another are refused before memory is taken"
     fix = "write or download it again"
     if not isinstance(config, dict): raise CheckpointError(f"{source} names no configuration; {fix}")
     try: model = _on_meta(cls, config, len(tensors))

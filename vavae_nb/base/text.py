@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Iterator
 
 # %% ../../nbs/49_base.text.ipynb #327c97f1
-_turning = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" # The direction of what follows
+# They turn the direction of what follows
+_bidi_controls = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 def _visible(char):
-    "A character that ends no line, moves no cursor and can be encoded, in place of one that does not"
-    if char in _turning: return ""
+    "The character, or a harmless stand-in if it breaks lines, moves the cursor or cannot be encoded"
+    if char in _bidi_controls: return ""
     category = unicodedata.category(char)
     if category == "Cs": return "\ufffd" # Half a character: a byte of a file name that is not UTF-8
     return " " if category in ("Cc", "Zl", "Zp") else char # Control characters, ends of lines and paragraphs

@@ -47,7 +47,8 @@ class Batches:
 
     def __iter__(self)->Iterator[tuple[Tensor,...]]:
         batches = self._epoch()[self.start:]
-        self.epoch,self.start = self.epoch+self.shuffle,0
+        self.start = 0
+        if self.shuffle: self.epoch += 1
         for indices,batch in self._fetched(batches):
             self.indices = indices
             yield batch

@@ -42,6 +42,8 @@ image_endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gi
 
 def _is_image(path): return path.suffix.lower() in image_endings and not path.name.startswith(".")
 
+def _folder_name(root): return os.path.basename(os.path.abspath(root)) # Of `.` and `..`, too
+
 def _refuse_layout(root):
     loose = sum(_is_image(p) for p in root.iterdir())
     if loose: fix = f", but {loose} loose images: move them to {root}/<class>/"
@@ -67,6 +69,8 @@ def class_files(
     return paths, np.array(labels), classes
 
 # %% ../../nbs/61_data.folders.ipynb #6e64efa4
+_layout_version = 1 # Of what the cache holds of a folder
+
 def _fingerprint(*facts): # 16 hexadecimal digits
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -91,7 +95,7 @@ def _truncate(path, n, size): # To the first n images
         for i in range(0, n, 1024): pixels[i:min(n, i+1024)] = whole[i:min(n, i+1024)]
         pixels.flush()
 
-def _write_pixels(path, paths, size, workers): # → Numbers and shorter sides of the images there, the others
+def _write_pixels(path, paths, size, workers): # → Indices and shorter sides of decoded images; names of the rest
     decoded, sides, skipped = [], [], []
     with atomic_write(path) as tmp, ThreadPoolExecutor(workers) as pool:
         pixels = _open_pixels(tmp, len(paths), size)
@@ -155,12 +159,12 @@ def folder(
     paths, labels, classes = class_files(root)
     root, stats = Path(root), [p.stat() for p in paths]
     files = [(p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p,s in zip(paths, stats)]
-    store = cache_dir("images")/_fingerprint(1, size, files)
+    store = cache_dir("images")/_fingerprint(_layout_version, size, files)
     meta = _read_meta(store) or _decode(paths, labels, size, store, workers or os.cpu_count())
     _warn_of_files(root, len(paths), size, meta)
     _warn_of_one_class(root, classes)
     pixels, labels = np.load(store/"pixels.npy", mmap_mode="r"), np.load(store/"labels.npy")
-    return Images(pixels, labels, classes, name or root.name, meta["fingerprint"], meta["skipped"])
+    return Images(pixels, labels, classes, name or _folder_name(root), meta["fingerprint"], meta["skipped"])
 
 # %% ../../nbs/61_data.folders.ipynb #839217ce
 class LazyImages(Images):
@@ -238,14 +242,14 @@ def lazy_folder(
     files = [(p.relative_to(root).as_posix(), p.stat().st_size) for p in paths]
     fingerprint = _fingerprint("files", size, files)
     _warn_of_one_class(root, classes)
-    return LazyImages(paths, labels, classes, name or root.resolve().name, size, fingerprint, workers)
+    return LazyImages(paths, labels, classes, name or _folder_name(root), size, fingerprint, workers)
 
 # %% ../../nbs/61_data.folders.ipynb #2d75c94f
 def first_of_each(
     labels:np.ndarray, # (n,)
     k:int,             # How many in all
 )->np.ndarray:         # (k,) sorted
-    "The first k images when the classes take turns"
+    "The first k images in all, where the classes take turns"
     turn = np.zeros(len(labels), int)
     for c in np.unique(labels): turn[labels == c] = np.arange((labels == c).sum())
     return np.sort(np.lexsort((labels, turn))[:k])
@@ -266,7 +270,7 @@ def _open(root, size, name="", cache="auto"):
     return (folder if whole else lazy_folder)(root, size, name)
 
 def _open_splits(train_folder, test_folder, size, cache): # ImageNet's layout
-    name = train_folder.parent.name
+    name = _folder_name(train_folder.parent)
     train = _open(train_folder, size, f"{name} train", cache)
     test = _open(test_folder, size, f"{name} {test_folder.name}", cache)
     if train.classes != test.classes:

@@ -22,7 +22,7 @@ class Images:
         classes:list[str],      # Names of the classes
         name:str,               # What a report calls the data
         fingerprint:str="",     # Computed from pixels and labels if empty
-        skipped:tuple[str,...]=() # Files that could not be decoded
+        skipped:tuple[str,...]=() # Files that could not be decoded; a subset names those of the whole
     ):
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
             raise DataError(f"pixels must be (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
@@ -58,7 +58,9 @@ class Images:
     )->"Images":
         "The images at `indices` as a data set of its own"
         i = _index(indices)
-        return Images(self.pixels[i], self.labels[i], self.classes, name or f"{self.name}[{len(self.labels[i])}]")
+        labels = self.labels[i]
+        name = name or f"{self.name}[{len(labels)}]"
+        return Images(self.pixels[i], labels, self.classes, name, skipped=self.skipped)
 
 def _index(i): return i if isinstance(i, slice) else np.asarray(i)
 

@@ -78,6 +78,9 @@ class Mlp(nn.Module):
     def forward(self, x:Tensor)->Tensor: return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 # %% ../../nbs/30_dit.blocks.ipynb #963b9e4c
+def _by_column(axis, side): return axis.repeat(side, 1)           # From (side, n) to (side², n): each token's column
+def _by_row(axis, side): return axis.repeat_interleave(side, 0) # … and each token's row
+
 def sincos_2d(
     dim:int,  # Width of a token, a multiple of 4
     side:int, # Tokens a side
@@ -89,7 +92,7 @@ def sincos_2d(
     freqs = 10000.**-(torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     angle = torch.arange(side, dtype=torch.float64)[:,None]*freqs
     axis = torch.cat([angle.sin(), angle.cos()], dim=1) # (side, dim/2)
-    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=1).float()
+    return torch.cat([_by_column(axis, side), _by_row(axis, side)], dim=1).float()
 
 # %% ../../nbs/30_dit.blocks.ipynb #ff403f76
 def rope_2d(
@@ -103,7 +106,7 @@ def rope_2d(
                           "(two axes, in pairs); change hidden_size or num_heads, or set rope=False")
     freqs = theta**-(torch.arange(0, head_dim//2, 2).float()/(head_dim//2))
     axis = (torch.arange(side).float()[:,None]*freqs).repeat_interleave(2, 1) # (side, head_dim/2)
-    angle = torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], dim=1)
+    angle = torch.cat([_by_row(axis, side), _by_column(axis, side)], dim=1)
     return angle.cos(), angle.sin()
 
 class Rope2d(nn.Module):
@@ -193,11 +196,11 @@ class DiTBlock(nn.Module):
         phase:Tensor|None=None, # Of `Rope2d`
     )->Tensor:                  # (b, n, width)
         for_attn, for_mlp = self.adaLN_modulation(c).chunk(2, dim=1)
-        shift, scale, gate = self.vectors(for_attn)
+        shift, scale, gate = self.shift_scale_gate(for_attn)
         x = x + gate[:,None]*self.attn(modulate(self.norm1(x), shift, scale), phase)
-        shift, scale, gate = self.vectors(for_mlp)
+        shift, scale, gate = self.shift_scale_gate(for_mlp)
         return x + gate[:,None]*self.mlp(modulate(self.norm2(x), shift, scale))
-    def vectors(self, modulation):
+    def shift_scale_gate(self, modulation):
         "Shift (or `None`), scale and gate, each (b, width)"
         return modulation.chunk(3, dim=1) if self.shift else (None, *modulation.chunk(2, dim=1))
 

@@ -34,6 +34,6 @@ def _try_step(model, batch_size, precision):
     x = torch.zeros(batch_size, model.in_channels, model.input_size, model.input_size, device=model.pos_embed.device)
     with autocast(x.device, precision), torch.set_grad_enabled(model.training):
         out = model(x, x[:,0,0,0], x[:,0,0,0].long())
-    if model.training:
-        out.float().sum().backward()
-        model.zero_grad()
+    if not model.training: return
+    try: out.float().sum().backward()
+    finally: model.zero_grad()

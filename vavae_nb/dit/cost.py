@@ -21,11 +21,11 @@ def flops_per_image(
 )->int:                 # A multiplication and an addition count as 2
     "Operations in the matrix products of one forward, for one image; a training step takes three times as many"
     tokens = (model.input_size//model.patch_size)**2
-    products = sum(p.numel()*_vectors(name, p, tokens) for name,p in model.named_parameters())
+    products = sum(p.numel()*_uses_per_image(name, p, tokens) for name,p in model.named_parameters())
     scores = model.config["depth"]*2*tokens**2*model.config["hidden_size"]
     return 2*(products+scores)
 
-def _vectors(name, p, tokens):
-    "How many vectors of an image a parameter multiplies: none where it is added or looked up"
+def _uses_per_image(name, p, tokens):
+    "How many vectors of an image a matrix multiplies: none where the parameter is added or looked up"
     if p.ndim < 2 or name in ("pos_embed", "y_embedder.embedding_table.weight"): return 0
     return 1 if "t_embedder" in name or "adaLN" in name else tokens

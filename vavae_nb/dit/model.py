@@ -26,7 +26,7 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1)) # A view: this fills the weight
         nn.init.zeros_(self.proj.bias)
     def forward(self, x:Tensor)->Tensor: return self.proj(x).flatten(2).transpose(1, 2) # (b, d, h, w) to (b, n, width)
 

@@ -122,7 +122,7 @@ def normal_kl(
     mean2:Tensor,
     log_var2:Tensor,
 )->Tensor:           # Nats, elementwise
-    "KL divergence of the normal distribution 2 from 1"
+    "KL(1‖2) of two normal distributions: of the first from the second"
     return .5*(log_var2-log_var1 + (log_var1-log_var2).exp() + (mean1-mean2)**2*(-log_var2).exp() - 1)
 
 def discretised_nll(
@@ -156,7 +156,7 @@ def variational_bits(
 class DDPMLoss:
     "DiT's objective: `prepare` draws what the model gets, `loss` judges its answer; Nichol & Dhariwal 2021, section 3"
     schedule:NoiseSchedule=field(default_factory=linear_schedule) # The steps to train at
-    learnt_sigma = True # The model is called with `return_sigma=True`
+    learnt_sigma = True # Of the class, not a field: the model is called with `return_sigma=True`
 
     def draw(self,
         shape:tuple[int,...],                # Of a batch of latents, (b, d, h, w)

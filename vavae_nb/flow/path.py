@@ -215,7 +215,7 @@ class FlowLoss:
     prediction:str="velocity"    # What the model returns: `velocity`, `noise` or `score`
     times:str="logit-normal"     # Distribution of t: `logit-normal` or `uniform`
     direction_weight:float=1.    # Weight of the direction loss; 0 for the squared error alone
-    learnt_sigma = False         # The model is asked for the velocity alone (compare `flow.ddpm.DDPMLoss`)
+    learnt_sigma = False         # Of the class, not a field: the model gives no variance, as for `DDPMLoss`
     def __post_init__(self):
         _check_prediction(self.prediction)
         if self.times not in time_dists:

@@ -160,10 +160,11 @@ class Guided:
     def guides(self, t:float)->bool: return self.cfg_scale != 1 and bool(self.lo <= np.float32(t) <= self.hi)
     def __call__(self, x:Tensor, t:float)->Tensor:
         if not self.guides(t): return self.ask(x, float(t), self.y)
-        v_c, v_u = self.ask(torch.cat([x, x]), float(t), self.y_and_null).chunk(2)
+        cond, uncond = self.ask(torch.cat([x, x]), float(t), self.y_and_null).chunk(2)
         n = min(self.channels or x.shape[1], x.shape[1])
-        v = v_u[:,:n] + self.cfg_scale*(v_c-v_u)[:,:n]
-        return torch.cat([v, v_c[:,n:]], 1) if n < v_c.shape[1] else v
+        guided = uncond[:,:n] + self.cfg_scale*(cond-uncond)[:,:n]
+        if n == cond.shape[1]: return guided
+        return torch.cat([guided, cond[:,n:]], 1) # Other channels, and the variance, stay conditional
     def ask(self, x, t, y):
         "The model's answer, if it has the right shape"
         b, d, *size = x.shape

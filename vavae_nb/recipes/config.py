@@ -128,7 +128,7 @@ class DiTTraining:
 class Sampling:
     "How images are drawn from a trained model"
     n:int=1000                                   # Images, balanced over the classes
-    points:int=250                               # Time points; one more than the steps
+    points:int=250                               # Time points, one more than the steps; for DDPM the steps
     shift:float=.3                               # t ← s·t/(1+(s−1)·t); 1: none
     solver:str="euler"                           # Of `flow.sampler.solvers`; for a DDPM model `ddpm` or `ddim`
     cfg_scale:float=4.                           # Guidance: v_u + w·(v_c − v_u); 1: none
@@ -138,7 +138,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Evaluation:
     "What is measured"
-    extractors:tuple[str,...]=("efficientnet_lite0", "alexnet") # Of Fréchet distances; the first teaches the VF loss
+    extractors:tuple[str,...]=("efficientnet_lite0", "alexnet") # Of Fréchet distances; the first is `tiny`'s VF teacher
     images:int=1000                              # Test images whose reconstruction is measured, at most
     reference:int=5000                           # Images of a reference of a Fréchet distance, at most
     tsne_points:int=2000                         # Latent vectors of the t-SNE picture and its uniformity

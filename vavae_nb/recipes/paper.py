@@ -218,8 +218,9 @@ def _small_dit(cfg):
 def cifar10_form(
     cfg:Config, # A recipe for 256×256 images
 )->Config:      # The same comparison on 32×32 images
-    "A published recipe with its scale taken away and what it is about kept; ours"
+    "The 32×32 counterpart: the same switches and ratios; sizes and lengths from `tiny`, which is our choice"
     kept = _changes(_tiny, cfg, ("vf.", "dit.", "dit_training."))
+    # These serve short runs on a CPU, and no row is about them: as in `tiny`
     for path in ("vf.adaptive_every", "dit_training.clip", "dit_training.warmup"): kept.pop(path, None)
     return override(_tiny, kept | _small_tokenizer(cfg) | _small_dit(cfg))
 
@@ -259,7 +260,7 @@ def scaled_steps(
     tokenizer:float, # Factor of the tokenizer's steps
     dit:float,       # Factor of LightningDiT's
 )->dict[str,Any]:    # Setting → value, for `override`
-    "A run of another length in which everything keeps its place"
+    "A run of another length in which everything keeps its place; a warm-up only gets no longer than a tenth of it"
     d = cfg.dit_training
     steps = max(1, round(dit*d.steps))
     changes = {"dit_training.steps": steps, "dit_training.warmup": min(d.warmup, steps//10),

@@ -57,12 +57,12 @@ def _to_int(value): # "2e3" is one
     if number != int(number): raise ValueError
     return int(number)
 
-def _to_str(value):
-    if isinstance(value, (list, tuple, dict)): raise ValueError
+def _to_str(value): # YAML reads a blank value as None, and no, off and false as False: neither is a name
+    if value is None or isinstance(value, (bool, list, tuple, dict)): raise ValueError
     return str(value)
 
 _types = {bool: (_to_bool, "true or false"), int: (_to_int, "an int"),
-          float: (_to_float, "a float"), str: (_to_str, "a str")}
+          float: (_to_float, "a float"), str: (_to_str, "a str (in quotes; '' where there is none)")}
 
 # %% ../../nbs/64_recipes.settings.ipynb #1b2cbefe
 def convert(
@@ -78,11 +78,15 @@ def convert(
 
 def _to_tuple(value, kinds, name): # `kinds`: of its items; (int, ...) is any number of them
     if is_dataclass(kinds[0]): return _to_dataclasses(value, kinds[0], name)
-    items = value.strip("()[] ").split(",") if isinstance(value, str) else value
-    items = [v for v in items if str(v).strip()] if isinstance(items, (list, tuple)) else [items]
+    items = _items(value)
     if kinds[-1] is ...: kinds = kinds[:1]*len(items)
     if len(items) != len(kinds): raise ConfigError(f"{name} takes {len(kinds)} values, got {value!r}")
     return tuple(convert(v.strip() if isinstance(v, str) else v, kind, name) for v,kind in zip(items, kinds))
+
+def _items(value): # Of a list, of "1, 2" or of "[1, 2]", without blank ones; or the one value
+    if isinstance(value, str): value = value.strip("()[] ").split(",")
+    if not isinstance(value, (list, tuple)): return [value]
+    return [v for v in value if str(v).strip()]
 
 def _to_dataclasses(value, kind, name): # From mappings or YAML
     if isinstance(value, str): value = parse_yaml(f"[{value.strip('[] ')}]", f"{name}, given as '{value:.200}',")
@@ -109,13 +113,13 @@ def override(
     known = flat(cfg)
     for name in changes:
         if name not in known: raise ConfigError(unknown_name("setting", name, known))
-    return _with(changes, cfg)
+    return _with(cfg, changes)
 
-def _with(changes, section, prefix=""): # A section of a configuration, and what is in it
+def _with(section, changes, prefix=""): # A section of a configuration, and what is in it
     new = {}
     for f in fields(section):
         value, path = getattr(section, f.name), prefix+f.name
-        if is_dataclass(value): new[f.name] = _with(changes, value, f"{path}.")
+        if is_dataclass(value): new[f.name] = _with(value, changes, f"{path}.")
         elif path in changes: new[f.name] = convert(changes[path], f.type, path)
     return replace(section, **new)
 
