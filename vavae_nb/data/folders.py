@@ -46,9 +46,10 @@ def _folder_name(root): return os.path.basename(os.path.abspath(root)) # Of `.` 
 
 def _refuse_layout(root):
     loose = sum(_is_image(p) for p in root.iterdir())
-    if loose: fix = f", but {loose} loose images: move them to {root}/<class>/"
-    else: fix = f" (endings looked for: {' '.join(image_endings)})"
-    raise DataError(f"{root} holds no class folders with images{fix}")
+    if loose:
+        raise DataError(f"{root} holds no class folders with images, but {loose} loose images: "
+                        f"move them to {root}/<class>/")
+    raise DataError(f"{root} holds no class folders with images (endings looked for: {' '.join(image_endings)})")
 
 def class_files(
     root:str|Path, # Folder that holds one folder per class
