@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
-from torch import Tensor, nn
+from torch import nn
 from ..base.errors import ShapeError
 from ..base.processes import sum_over
 from ..base.tensors import at_least_fp32, autocast, generator
