@@ -12,7 +12,6 @@ import math, warnings
 from contextlib import contextmanager, nullcontext
 import torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
-from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
@@ -53,7 +52,8 @@ def fit_steps(
     steps:int,     # Batches in all, those of an earlier part of the run included
 ):
     "Fit quietly up to a number of steps, at most those of `MaxSteps`"
-    learn.remove_cb(ProgressCallback) # There if somebody imported all of fastai; it wants the next one
+    # fastai's own bar wants the Recorder; it is there if somebody imported it, so that this must not
+    learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == "ProgressCallback"])
     learn.remove_cb(Recorder) # It keeps a tensor of every step: half a gigabyte of a GPU's memory after a million
     all_steps = learn.max_steps.steps
     learn.max_steps.steps = min(steps, all_steps)
