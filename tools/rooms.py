@@ -115,7 +115,7 @@ def layout(width, line, pad, gap):
     order, boxes, y = numbers(), {}, pad
     for rooms in FLOORS:
         w = (width-pad*(len(rooms)+1))/len(rooms)
-        letters = (w-2*pad)/7.4 # Of 14 px, which are 7.4 px wide
+        letters = (w-2*pad)/8.6 # Of 14 px, which are at most 8.6 px wide
         texts = {}
         for r in rooms:
             modules = sorted((m for m in order if room(m) == r), key=order.get)
