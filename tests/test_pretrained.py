@@ -143,8 +143,8 @@ def test_inception_leaves_the_generator_alone():
 
 def test_sentences_about_paths_and_empty_errors(monkeypatch):
     assert pretrained._first_line(OSError()) == "OSError" and pretrained._first_line(OSError("\na\nb")) == "a"
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    assert pretrained._tilde("/home/me/a/b") == str(Path("~/a/b"))
-    assert pretrained._tilde("/home/mean/a") == "/home/mean/a"
+    monkeypatch.setattr(Path, "home", lambda: Path("/users/me"))
+    assert pretrained._tilde("/users/me/a/b") == str(Path("~/a/b"))
+    assert pretrained._tilde("/users/mean/a") == "/users/mean/a"
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     assert pretrained._tilde("/a/b") == "/a/b"
