@@ -71,3 +71,8 @@ def test_ctrl_c_while_a_command_starts(tmp_path, where, said, ignored):
     if ignored: assert r.returncode == 2, r.stderr
     else:
         assert r.returncode == 130 and r.stderr.strip().startswith(said) and bool(r.stderr) == bool(said), r.stderr
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_second_parser_says_the_same(name):
+    first, second = (parser(COMMANDS[name]).format_help() for _ in range(2))
+    assert first == second

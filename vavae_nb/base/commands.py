@@ -47,9 +47,12 @@ def _readable(option): # An action of argparse, in place
     if not is_flag and not shows_choices:
         option.metavar = {int: "N", float: "X"}.get(option.type, option.dest.split("_")[-1].upper())
     said_by_fastcore = f" (default: {option.default})"
-    comment = option.help.removesuffix(said_by_fastcore)
+    comment = option.help
+    while comment.endswith(said_by_fastcore): # To a Param it adds this once more with each parser
+        comment = comment.removesuffix(said_by_fastcore)
     # A flag is off unless it is given; and a comment may say its default itself
-    if is_flag or "(default: " in comment: option.help = comment
+    silent = is_flag or comment == option.help or "(default: " in comment
+    option.help = comment if silent else comment+said_by_fastcore
     option.help = option.help.replace("%", "%%")
     return option
 
