@@ -102,8 +102,8 @@ class StepLearner(Learner):
         self.accumulate, self.precision = accumulate, precision
 
     def autocast(self): return autocast(self.dls.device, self.precision)
-    def part_arguments(self)->dict: return {}  # Of the loss of any part, beside what the model returns and the targets
-    def batch_arguments(self)->dict: return {} # More of them, which cannot be told from one part
+    def part_arguments(self, fraction)->dict: return {} # Of the loss of a part, beside output and targets
+    def batch_arguments(self)->dict: return {}          # More of them, which cannot be told from one part
 
     def _do_fit(self):
         set_tf32(self.dls.device, self.precision)
@@ -119,13 +119,13 @@ class StepLearner(Learner):
     def _backward(self):
         "The forward and the backward pass of each part; gradients, loss and terms add up"
         self.loss, self.outputs, terms = 0., [], {}
-        arguments = self.part_arguments() | self.batch_arguments()
+        whole = self.batch_arguments()
         for i,(fraction, xb, yb) in enumerate(self.parts):
             last = i == len(self.parts)-1
             with nullcontext() if last else self.no_sync():
                 with self.autocast():
                     output = self.model(*xb)
-                    loss = fraction*self.loss_of(output, yb, fraction, arguments)
+                    loss = fraction*self.loss_func(output, *yb, **self.part_arguments(fraction), **whole)
                 loss.backward()
             self.loss = self.loss+loss.detach()
             self.outputs.append(output)
@@ -133,7 +133,6 @@ class StepLearner(Learner):
                 terms[name] = terms.get(name, 0.)+fraction*value
         log_terms(self, loss=self.loss, **terms)
 
-    def loss_of(self, output, yb, fraction, arguments): return self.loss_func(output, *yb, **arguments)
     def no_sync(self): # Processes sum their gradients once, with the last part
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
@@ -216,7 +215,7 @@ def first_bad_result(
     "The first number that is not finite when a part is computed: an output, the loss, a gradient"
     model = get_model(learn.model)
     def compute():
-        with learn.autocast(): return learn.loss_of(model(*xb), yb, fraction, learn.part_arguments())
+        with learn.autocast(): return learn.loss_func(model(*xb), *yb, **learn.part_arguments(fraction))
     output, loss = first_bad_output(model, compute)
     names, params = zip(*((k, p) for k,p in model.named_parameters() if p.requires_grad))
     gradients = torch.autograd.grad(loss, params, allow_unused=True)

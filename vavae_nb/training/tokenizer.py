@@ -102,9 +102,8 @@ class TokenizerLearner(StepLearner):
     """A Learner for `TokenizerLoss`. A step: noise and features (`before_batch`), the adaptive weights of the batch,
     forward and backward part by part, gradients summed over processes, clipping and the guard (`before_step`),
     the optimizer, and then the discriminator's step (`after_step`)"""
-    def part_arguments(self)->dict: return dict(step=self.train_iter, tokenizer=get_model(self.model))
-    def loss_of(self, output, yb, fraction, arguments):
-        return self.loss_func(output, *yb, fraction=fraction, **arguments)
+    def part_arguments(self, fraction)->dict:
+        return dict(step=self.train_iter, tokenizer=get_model(self.model), fraction=fraction)
 
     def batch_arguments(self)->dict:
         if len(self.parts) == 1: return {} # The loss takes the weights itself
